@@ -89,6 +89,7 @@ example: convert an image, compare the two, look into the new one, make it runna
   ctr run --rm --snapshotter obdlab registry.example/redis:7-obd redis""",
     (
         Command("convert", "convert an OCI image to an overlaybd image", ".image.convert:declare"),
+        Command("build", "build an image by a Dockerfile, on a lazily read base", ".image.build_command:declare"),
         Command("convert-list", "convert many images, on one host or several", ".image.convert_list:declare"),
         Command("pull", "pull an image lazily into containerd", ".image.pull:declare"),
         Command("compare", "compare two images, or an image and a directory", ".image.compare_command:declare"),

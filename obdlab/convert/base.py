@@ -49,16 +49,21 @@ class Base:
                 got=f"{shared} layers in common", wanted=f"its {len(replaced)} layers as the lowest ones",
             )  # fmt: skip
         converted = self.converted.manifest(platform, overlaybd=True)
-        if not converted.is_overlaybd:
-            raise FormatError("base is not an overlaybd image", blob=self.converted.name)
-        if any(layer.turbo_target is not None for layer in converted.layers):
-            raise FormatError("base has turboOCI layers, on which no others can be built", blob=self.converted.name)
-        if converted.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes":
-            raise FormatError("base has a trace on top: give the image without it", blob=self.converted.name)
-        kind = converted.layers[0].annotations.get(oci.BLOB_FS_TYPE, _EXT4).partition(";")[0]
-        if kind != _EXT4:
-            raise FormatError("no layers can be added to the base", blob=self.converted.name, got=kind, wanted=_EXT4)
+        check_extensible(converted, self.converted.name)
         return Below(self.converted, converted.layers, manifest.layers[: len(replaced)])
+
+
+def check_extensible(image: oci.Manifest, name: str) -> None:
+    """Raise FormatError unless layers can be built on an image: it must be an overlaybd image of ext4."""
+    if not image.is_overlaybd:
+        raise FormatError("base is not an overlaybd image", blob=name)
+    if any(layer.turbo_target is not None for layer in image.layers):
+        raise FormatError("base has turboOCI layers, on which no others can be built", blob=name)
+    if image.layers[-1].annotations.get(oci.ACCELERATION_LAYER) == "yes":
+        raise FormatError("base has a trace on top: give the image without it", blob=name)
+    kind = image.layers[0].annotations.get(oci.BLOB_FS_TYPE, _EXT4).partition(";")[0]
+    if kind != _EXT4:
+        raise FormatError("no layers can be added to the base", blob=name, got=kind, wanted=_EXT4)
 
 
 @dataclass(frozen=True, slots=True)

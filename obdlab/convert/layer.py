@@ -124,7 +124,7 @@ class LayerBuilder:
         self._lowers: list[Layer] = []
         self._large = large
         spawn = multiprocessing.get_context("spawn")  # forking a process with threads may hang
-        self._compressors = ProcessPoolExecutor(1, spawn, initializer=_begin_compressing)
+        self._compressors = ProcessPoolExecutor(1, spawn, initializer=begin_compressing)
         self._small_compressors = ThreadPoolExecutor(1, "convert-compress")
 
     def __enter__(self) -> Self:
@@ -284,7 +284,8 @@ def _compressor_died(target: Path) -> SourceError:
     return SourceError("the process that compresses layers was killed, or could not be started", blob=str(target))
 
 
-def _begin_compressing() -> None:
+def begin_compressing() -> None:
+    """Prepare a process of a pool: it ends with its starter, and ignores the terminal's interrupts."""
     # An interrupt from the terminal is for the main process, which ends everything in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()

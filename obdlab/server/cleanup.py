@@ -70,7 +70,7 @@ def clean_up(service: DeviceService, *, force: bool = False) -> Cleaned:
     running = _end_starts(run.path, report, force)
     kept: dict[Path, int] = {}
     for directory in sorted({*run.device_directories(), *directories_below(run.devices.resolve())}):
-        if directory.name in running:
+        if directory.name.partition(".")[0] in running:
             continue
         try:
             root = None if force else _snapshotter_of(directory)

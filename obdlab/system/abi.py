@@ -199,7 +199,14 @@ _M_MMAP_THRESHOLD = -3
 _SYS_FSOPEN = 430
 _SYS_FSCONFIG = 431
 _SYS_FSMOUNT = 432
+_SYS_OPENAT2 = 437
 _SYS_PIDFD_GETFD = 438
+
+# struct open_how (include/uapi/linux/openat2.h): flags, mode, resolve
+_OPEN_HOW = Struct("<QQQ")
+_RESOLVE_NO_MAGICLINKS = 0x02
+_RESOLVE_IN_ROOT = 0x10
+_OPEN_TRIES = 10_000
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mount.argtypes = (ctypes.c_char_p,) * 3 + (ctypes.c_ulong, ctypes.c_char_p)
@@ -247,6 +254,23 @@ def mount_detached(fs_type: str, options: Mapping[str, str | None], attributes: 
         return _syscall(_SYS_FSMOUNT, context, FSMOUNT_CLOEXEC, attributes)
     finally:
         os.close(context)
+
+
+def open_in_root(root: int, path: bytes, flags: int, mode: int = 0) -> int:
+    """Open ``path`` as a process whose root is the directory ``root`` would (openat2(2), Linux 5.6).
+
+    Neither ".." nor links, absolute ones included, lead out of it, also if they change meanwhile. Raises OSError.
+    """
+    how = ctypes.create_string_buffer(
+        _OPEN_HOW.pack(flags | os.O_CLOEXEC, mode, _RESOLVE_IN_ROOT | _RESOLVE_NO_MAGICLINKS), _OPEN_HOW.size
+    )
+    # Where a name has "..", any rename or mount on the system meanwhile makes the kernel ask for another try.
+    for _ in range(_OPEN_TRIES):
+        try:
+            return _syscall(_SYS_OPENAT2, root, path or b".", ctypes.addressof(how), _OPEN_HOW.size)
+        except BlockingIOError:
+            os.sched_yield()
+    return _syscall(_SYS_OPENAT2, root, path or b".", ctypes.addressof(how), _OPEN_HOW.size)
 
 
 def pidfd_getfd(pidfd: int, number: int) -> int:

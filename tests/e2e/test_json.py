@@ -43,6 +43,8 @@ doctor :: 0 1
 image convert registry.example/app:1 127.0.0.1:5000/json:obd
 image convert -q --fs erofs registry.example/app:1 oci:erofs:1
 $ {_EMPTY}
+$ mkdir context && printf '%s\\n' 'FROM {_IMAGE}' 'COPY Dockerfile /' >context/Dockerfile
+image build context -t registry.example/json/built:1
 image convert-list list --to 127.0.0.1:5000/{{name}}:list
 image compare registry.example/app:1 {_IMAGE}
 image protect registry.example/redis:7-obd registry.example/redis:7-trees

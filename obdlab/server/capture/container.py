@@ -1,14 +1,12 @@
 """A container that runs once, directly by runc: no containerd, no network plugins, no leftovers.
 
-Its root is an overlay: a mounted image below, memory above. The bundle follows the OCI runtime specification;
-settings missing in the image's configuration get the defaults of container engines.
+Its root is an overlay: a mounted image below, the host's run directory above; or the mounted image itself.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from obdlab.closing import Closing
 from obdlab.errors import DeviceError
+from obdlab.server.capture.containerbundle import bundle
 from obdlab.system import abi
 from obdlab.system.mount import unmount
 
@@ -33,18 +32,6 @@ _TERM_S = 2.0
 _STUCK_S = 2.0
 _KILL_S = 10.0
 _LOOK_S = 0.02
-_PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_CAPABILITIES = [
-    f"CAP_{name}"
-    for name in (
-        *("AUDIT_WRITE", "CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "NET_RAW"),
-        *("SETFCAP", "SETGID", "SETPCAP", "SETUID", "SYS_CHROOT"),
-    )
-]
-_MASKED = ["/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list", "/sys/firmware"]
-_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
-# An image's /etc/passwd and /etc/group may be of any size.
-_MOST_ACCOUNTS = 1 << 20
 # The container's maker writes a line once it has taken the container down; if it dies before, the guard reads end of
 # file. The guard deletes twice, as runc may have been just about to start the container; not for long, as the
 # container's mounts are seen here, too.
@@ -55,9 +42,10 @@ class TemporaryContainer(Closing):
     """Runs the command of an image's configuration on ``image_root``, where the image is mounted, until closed.
 
     ``place`` is an empty directory for the bundle. ``command`` replaces the image's own; ``host_network`` shares the
-    host's network, otherwise there is only a loopback. Output goes to ``output`` (a descriptor). If its processes do
-    not die in the end, ``release`` is called, which must end their pending reads. The container does not outlive this
-    process. Raises DeviceError, with runc's message.
+    host's network, otherwise there is only a loopback. With ``in_place`` changes go to ``image_root`` itself, and
+    /run is the image's own; ``mounts`` are added, as in a bundle's config.json. Output goes to the descriptor
+    ``output``. If its processes do not die in the end, ``release`` is called, which must end their pending reads. The
+    container does not outlive this process. Raises DeviceError, with runc's message.
     """
 
     def __init__(
@@ -68,6 +56,8 @@ class TemporaryContainer(Closing):
         *,
         command: Sequence[str] = (),
         host_network: bool = False,
+        in_place: bool = False,
+        mounts: Sequence[Mapping[str, Any]] = (),
         output: int | None = None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
@@ -81,14 +71,17 @@ class TemporaryContainer(Closing):
         self._id = f"obdlab-{os.getpid()}-{place.name}"
         for part in ("upper", "work", "root", "state"):
             (place / part).mkdir()
-        self._root = place / "root"
-        _mount_overlay(self._root, image_root, place)
+        self._root = image_root if in_place else place / "root"
+        self._in_place = in_place
+        if not in_place:
+            _mount_overlay(self._root, image_root, place)
         self._process: subprocess.Popen[bytes] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         try:
             self._guard = self._guarded()
-            bundle = _bundle(self._root, arguments, config, host_network=host_network)
-            (place / "config.json").write_text(json.dumps(bundle))
+            document = bundle(self._root, arguments, config, host_network=host_network, in_place=in_place)
+            document["mounts"] += mounts
+            (place / "config.json").write_text(json.dumps(document))
             self._process = subprocess.Popen(
                 [*self._runc, "run", "--bundle", str(place), self._id],
                 stdin=subprocess.DEVNULL,
@@ -132,7 +125,8 @@ class TemporaryContainer(Closing):
         """End it, by SIGTERM first, and take its root down."""
         if self._process is not None:
             self._end(self._process)
-        unmount(self._root, lazy=True)
+        if not self._in_place:
+            unmount(self._root, lazy=True)
         if self._guard is not None:
             with suppress(subprocess.TimeoutExpired, BrokenPipeError):
                 self._guard.communicate(b"\n", _KILL_S)
@@ -215,89 +209,3 @@ def _mount_overlay(target: Path, lower: Path, place: Path) -> None:
 
 def _escaped(path: Path) -> str:
     return str(path).replace("\\", "\\\\").replace(":", "\\:").replace(",", "\\,")
-
-
-def _bundle(root: Path, arguments: list[str], config: Mapping[str, Any], *, host_network: bool) -> dict[str, Any]:
-    environment = list(config.get("Env") or ())
-    if not any(entry.startswith("PATH=") for entry in environment):
-        environment.insert(0, _PATH)
-    user, group, groups = _user(str(config.get("User") or ""), root)
-    namespaces = ["pid", "ipc", "uts", "mount", *([] if host_network else ["network"])]
-    # The soft limit is the recording command's own bound (cli/memorybound.py).
-    most = resource.getrlimit(resource.RLIMIT_DATA)[1] & (2**64 - 1)
-    return {
-        "ociVersion": "1.0.2",
-        "process": {
-            "terminal": False,
-            "user": {"uid": user, "gid": group, "additionalGids": groups},
-            "args": arguments,
-            "env": environment,
-            "cwd": config.get("WorkingDir") or "/",
-            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _CAPABILITIES),
-            "noNewPrivileges": False,
-            "rlimits": [{"type": "RLIMIT_DATA", "soft": most, "hard": most}],
-        },
-        "root": {"path": str(root), "readonly": False},
-        "hostname": "obdlab",
-        "mounts": _mounts(host_network=host_network),
-        "linux": {
-            "namespaces": [{"type": name} for name in namespaces],
-            "maskedPaths": _MASKED,
-            "readonlyPaths": _READ_ONLY,
-        },
-    }
-
-
-def _mounts(*, host_network: bool) -> list[dict[str, Any]]:
-    careful = ["nosuid", "noexec", "nodev"]
-    found = [
-        ("/proc", "proc", "proc", careful),
-        ("/dev", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
-        ("/dev/pts", "devpts", "devpts", ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
-        ("/dev/shm", "tmpfs", "shm", [*careful, "mode=1777", "size=65536k"]),
-        ("/dev/mqueue", "mqueue", "mqueue", careful),
-        ("/run", "tmpfs", "tmpfs", ["nosuid", "strictatime", "mode=755", "size=65536k"]),
-    ]
-    if host_network:  # sysfs shows the network of the process that mounts it
-        found.append(("/sys", "none", "/sys", ["rbind", "nosuid", "noexec", "nodev", "ro"]))
-        found.append(("/etc/resolv.conf", "bind", "/etc/resolv.conf", ["rbind", "ro"]))
-    else:
-        found.append(("/sys", "sysfs", "sysfs", [*careful, "ro"]))
-    return [
-        {"destination": target, "type": kind, "source": source, "options": options}
-        for target, kind, source, options in found
-    ]
-
-
-# "user", "uid", "user:group", "uid:gid" (OCI image configuration), with names from the image's own files.
-def _user(text: str, root: Path) -> tuple[int, int, list[int]]:
-    name, _, group = text.partition(":")
-    if not name:
-        return 0, 0, []
-    account = next((a for a in _accounts(root, "passwd") if a[0] == name or a[2] == name), None)
-    if account is None and not name.isdecimal():
-        raise DeviceError(f"the image has no user {name!r}")
-    uid = int(account[2]) if account is not None else int(name)
-    gid = int(account[3]) if account is not None else 0
-    known = _accounts(root, "group")
-    if group:
-        found = next((g for g in known if g[0] == group), None)
-        if found is None and not group.isdecimal():
-            raise DeviceError(f"the image has no group {group!r}")
-        return uid, int(found[2]) if found is not None else int(group), []
-    user = account[0] if account is not None else name
-    return uid, gid, sorted(int(g[2]) for g in known if user in g[3].split(","))
-
-
-def _accounts(root: Path, name: str) -> list[list[str]]:
-    if (root / "etc").is_symlink():
-        return []  # could lead out of the image
-    try:
-        descriptor = os.open(root / "etc" / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "rb") as file:
-            text = file.read(_MOST_ACCOUNTS).decode(errors="replace")
-    except OSError:
-        return []
-    fields = [line.split(":") for line in text.splitlines()]
-    numbers = (2,) if name == "group" else (2, 3)
-    return [each for each in fields if len(each) >= 4 and all(each[number].isdecimal() for number in numbers)]

@@ -1,4 +1,4 @@
-"""Directories of recorded or watched starts: one each, below the run directory, while the start's maker runs."""
+"""Directories of recorded or watched starts, and of builds: below the run directory, while their maker runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from obdlab.server.rundir import RunDir
 
-_KINDS = ("record", "watch")
+_KINDS = ("record", "watch", "build")
 _MAKER = "maker"
 # A maker ends its container, and waits for the trace.
 _END_S = 40.0
@@ -28,7 +28,10 @@ _LOOK_S = 0.05
 
 @contextmanager
 def place_for_start(run: RunDir, kind: str) -> Iterator[Path]:
-    """Make a directory for a start, a "record" or a "watch", within ``with``; its device has the directory's name."""
+    """Make a directory for a start, a "record" or a "watch", or for a "build", within ``with``.
+
+    Its device has the directory's name; those of a build have it before a dot.
+    """
     run.create()
     with tempfile.TemporaryDirectory(prefix=f"{kind}-", dir=run.path) as directory:
         place = Path(directory).resolve()
@@ -58,4 +61,6 @@ def end_start(place: Path, maker: Process) -> None:
     """Have the maker end the start cleanly, or kill it. Raises DeviceError if it survives that."""
     maker.signal(signal.SIGTERM)
     maker.end(_END_S)
-    wait_until(lambda: not list(place.glob("container/state/*")), _GUARD_S, look_s=_LOOK_S)
+    wait_until(
+        lambda: not [*place.glob("container/state/*"), *place.glob("run/bundle/state/*")], _GUARD_S, look_s=_LOOK_S
+    )
