@@ -26,7 +26,7 @@ from obdlab.formats.oci import (
     is_digest,
 )
 from obdlab.image.config import COMMIT_FILE
-from obdlab.snapshotter import overlaybd, turbo
+from obdlab.snapshotter import overlaybd, turbo, writable
 from obdlab.snapshotter.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
@@ -34,6 +34,7 @@ from obdlab.snapshotter.errors import (
     UnsupportedError,
 )
 from obdlab.snapshotter.store import Kind
+from obdlab.snapshotter.writable import WritableDevice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -128,7 +129,10 @@ class Filling:
         if not is_digest(layer.digest):
             raise InvalidArgumentError(f"layer: not a digest (got {layer.digest[:80]!r})")
         snapshot, below = self._target(mounts)
-        filesystem = self._options.convert if overlaybd.is_unpacked(snapshot.key, snapshot.labels) else ""
+        # An ordinary layer that is unpacked to a device becomes a block layer anyway.
+        is_plain = not self._layout.has_device(snapshot.id)
+        is_unpacked = is_plain and overlaybd.is_unpacked(snapshot.key, snapshot.labels)
+        filesystem = self._options.convert if is_unpacked else ""
         if not self._may_be_ours(layer, snapshot, filesystem, caller):
             raise UnsupportedError(
                 f"layer {layer.digest} is an ordinary one (convertLayers is not set, or not for it)"
@@ -158,9 +162,12 @@ class Filling:
         return str(made["digest"]), int(made["size"])
 
     # Returns the snapshot and the configuration of the image below it. A running container is not the place for a
-    # layer's file, and on an ordinary layer there can be no block layer.
+    # layer's file, and on an ordinary layer there can be no block layer. If the snapshotter gives every snapshot a
+    # device (rwMode), it also gives one to a snapshot that is for a layer.
     def _target(self, mounts: Sequence[Mount]) -> tuple[Snapshot, Path | None]:
         snapshot_id = self._sides.directory(mounts)
+        if snapshot_id is None:
+            snapshot_id = self._sides.device(mounts)
         if snapshot_id is None:
             raise UnsupportedError("the mounts are not those of a snapshot that layers are unpacked to")
         try:
@@ -170,7 +177,8 @@ class Filling:
         except NotFoundError as error:
             raise UnsupportedError(str(error)) from error
         what = f"snapshot {snapshot.key!r}"
-        if snapshot.kind is not Kind.ACTIVE or self._layout.has_device(snapshot_id):
+        is_container = not overlaybd.is_unpacked(snapshot.key, snapshot.labels)
+        if snapshot.kind is not Kind.ACTIVE or (self._layout.has_device(snapshot_id) and is_container):
             raise UnsupportedError(f"{what}: layers are not unpacked to it")
         if turbo.is_turbo(snapshot.labels):
             raise UnsupportedError(f"{what}: is for a turboOCI layer")
@@ -211,11 +219,23 @@ class Filling:
                 found = reader.find(snapshot.key)
             if found is None or found.id != snapshot.id or found.kind is not Kind.ACTIVE or not _is_empty(fs):
                 raise FailedPreconditionError(f"snapshot {snapshot.key!r} was changed meanwhile")
+            self._drop_device(snapshot)
             try:
                 file.chmod(0o644)
                 file.rename(fs / COMMIT_FILE)
             except OSError as error:
                 raise ObdlabError(f"{fs / COMMIT_FILE}: cannot be made ({error.strerror})") from error
+
+    # The layer takes the place of the device's empty one.
+    def _drop_device(self, snapshot: Snapshot) -> None:
+        device = WritableDevice.load(self._layout.writable(snapshot.id))
+        if device is None:
+            return
+        if not self._snapshots.images.release(snapshot.id):
+            raise FailedPreconditionError(f"snapshot {snapshot.key!r}: its device is still in use")
+        self._layout.writable(snapshot.id).unlink()
+        writable.drop(device.upper)
+        self._layout.delete(self._layout.block(snapshot.id))
 
 
 def _is_empty(directory: Path) -> bool:

@@ -31,22 +31,25 @@ if TYPE_CHECKING:
     from obdlab.differ.sides import Sides
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.mounts import Mount
-    from obdlab.snapshotter.store import Snapshot
+    from obdlab.snapshotter.store import Reader, Snapshot
 
 logger = logging.getLogger(__name__)
 
 #: containerd's collector takes a blob that neither a lease nor an image holds. containerd does not pass on its
 #: client's lease, so the client has this long to name the blob.
 LEASE_S = 3600.0
+_INIT = "-init"
 #: Writers wait while the layer's files are copied. On file systems that share copies (xfs, btrfs) that takes no time.
 _MOST_FROZEN_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    # The snapshot and its parent, and the files of its layer. ``index`` is '' for a layer that is sealed.
+    # The snapshot and its parent, and the files of its layer. ``index`` is '' for a layer that is sealed. ``inits``
+    # are the layers of Docker's init snapshots below it, bottom first.
     snapshot: Snapshot
     parent: Snapshot | None
+    inits: tuple[Path, ...]
     file: Path
     index: str = ""
 
@@ -106,6 +109,7 @@ class Making:
                 "lease": self._lease(namespace),
                 "file": str(source.file),
                 "index": source.index,
+                "inits": [str(file) for file in source.inits],
                 "filesystem": self._fs_type(source),
                 "labels": dict(labels),
                 "work": str(directory),
@@ -121,17 +125,27 @@ class Making:
             with self._snapshots.store.read() as reader:
                 snapshot = reader.by_id(snapshot_id)
                 parent = reader.get(snapshot.parent) if snapshot.parent else None
+                inits = self._inits(reader, parent)
         except NotFoundError as error:
             raise UnsupportedError(str(error)) from error
         device = WritableDevice.load(self._layout.writable(snapshot_id))
         if device is not None and snapshot.kind is Kind.ACTIVE:
             index = device.upper.index if os.path.exists(device.upper.index) else ""  # a sparse layer may have none
-            return _Source(snapshot, parent, Path(device.upper.data), index)
+            return _Source(snapshot, parent, inits, Path(device.upper.data), index)
         fs = self._layout.fs(snapshot_id)
         for file in (fs / SEALED_FILE, fs / COMMIT_FILE):
             if file.is_file():
-                return _Source(snapshot, parent, file)
+                return _Source(snapshot, parent, inits, file)
         raise UnsupportedError(f"snapshot {snapshot.key!r}: its layer is in a registry")
+
+    # Docker's images leave out the snapshot between an image and a container. A layer of blocks is right only on the
+    # blocks that it was made on, so this one has the changes of both; on the init snapshot it shows the same.
+    def _inits(self, reader: Reader, parent: Snapshot | None) -> tuple[Path, ...]:
+        found: list[Path] = []
+        while parent is not None and parent.key.endswith(_INIT):
+            found.insert(0, self._layout.fs(parent.id) / SEALED_FILE)
+            parent = reader.get(parent.parent) if parent.parent else None
+        return tuple(found)
 
     # The device goes on. Without freezing, the copy would be that of a machine that lost power.
     def _copied(self, source: _Source, directory: Path) -> _Source:
@@ -155,7 +169,7 @@ class Making:
                 f"snapshot {snapshot.key!r}: was written to while its layer was copied: its mounts cannot be seen "
                 "from here, so that they could not be frozen (stop the container first)"
             )
-        return _Source(snapshot, source.parent, directory / "data", index)
+        return _Source(snapshot, source.parent, source.inits, directory / "data", index)
 
     def _device(self, snapshot_id: int) -> Path | None:
         try:

@@ -32,6 +32,7 @@ from obdlab.layerfiles.disks import open_any_layer
 from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.stack import Stack
 from obdlab.layers.tarwrap import TarWrapWriter, read_window
 from obdlab.localfile import LocalFile
 from obdlab.server.protection import bound_memory
@@ -177,9 +178,10 @@ class _Summed:
 def pack(request: dict[str, Any]) -> dict[str, Any]:
     """Store a layer's ``file`` (and ``index``), packed, as a blob of the content store with ``labels``.
 
-    A file that is packed already is stored as it is. Answers with digest, size and annotations.
+    The layers ``inits`` below it are merged into it. A file that is packed already is stored as it is. Answers with
+    digest, size and annotations.
     """
-    path = _packed(request["file"], request["index"], Path(request["work"]))
+    path = _packed(request["file"], request["index"], request["inits"], Path(request["work"]))
     digest, size = digest_of_file(path), path.stat().st_size
     notes = {
         OVERLAYBD_VERSION: VERSION_NATIVE,
@@ -194,8 +196,14 @@ def pack(request: dict[str, Any]) -> dict[str, Any]:
     return {"digest": digest, "size": size, "annotations": notes}
 
 
-def _packed(path: str, index: str, work: Path) -> Path:
+def _packed(path: str, index: str, inits: list[str], work: Path) -> Path:
     target = work / COMMIT_FILE
+    if inits:
+        stack = Stack([*(open_any_layer(init) for init in inits), open_any_layer(path, index)])
+        uuid = stack.layers[-1].uuid
+        with closing(stack), target.open("xb") as output:
+            write_packed(output, Packing(tar=True), lambda sink: commit(stack, sink, uuid=uuid), name=path)
+        return target
     with LocalFile(path) as file:
         if read_window(file) is not None:
             open_layer(file).close()

@@ -94,7 +94,7 @@ def test_callers_wait_for_a_free_place(silent: Path, tmp_path: Path) -> None:
 def test_the_error_of_a_job_keeps_its_text(tmp_path: Path) -> None:
     with pytest.raises(ObdlabError, match=r"nowhere\.sock"):
         Jobs().run(request(tmp_path / "nowhere.sock", tmp_path), lambda: True)
-    work = {"job": "pack", "file": str(tmp_path / "missing"), "index": "", "work": str(tmp_path)}
+    work = {"job": "pack", "file": str(tmp_path / "missing"), "index": "", "inits": [], "work": str(tmp_path)}
     with pytest.raises(SourceError, match="missing"):
         Jobs().run(work, lambda: True)
     assert not issubclass(SourceError, ContainerdError)

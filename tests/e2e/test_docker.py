@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.image.config import ImageConfig
 from tests import capabilities
 from tests.containerd_host import containerd_with_obdlab
 from tests.e2e.conftest import BIG
@@ -56,3 +58,37 @@ def test_docker_runs_an_image_lazily(registry_server: RegistryServer, image: str
         assert engine.docker(*run, changed, "/bin/busybox", "cat", "/etc/issue") == "changed\n"
         engine.docker("rmi", changed)
         wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+
+
+@pytest.mark.parametrize("mode", ["dir", "overlayfs"])
+def test_docker_commits_through_the_differ(
+    registry_server: RegistryServer, image: str, tmp_path: Path, mode: str
+) -> None:
+    capabilities.require("docker")
+    with (
+        containerd_with_obdlab(tmp_path / "host", differ={"rwMode": mode}) as host,
+        running_docker(tmp_path / "docker", host) as engine,
+    ):
+        engine.docker("pull", "--quiet", image)
+        engine.docker("run", "--network", "none", "--detach", "--name", "one", image, "/bin/busybox", "sleep", "1000")
+        engine.docker("exec", "one", "/bin/sh", "-c", "echo changed > /etc/issue")
+        changed = image.replace(":obd", ":changed")
+        engine.docker("commit", "one", changed)
+        run = ("run", "--network", "none", "--rm", changed, "/bin/busybox", "cat", "/etc/issue")
+        assert engine.docker(*run) == "changed\n"  # on the init layer of the container
+
+        engine.docker("push", changed)
+        engine.docker("rm", "--force", "one")
+        engine.docker("rmi", changed, image)
+        wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])
+        host.rpull(changed)
+        assert engine.docker(*run) == "changed\n"  # and on the image alone
+        configs = (host.snapshotter.root / "snapshots").glob("*/block/config.v1.json")
+        by_depth = {len(ImageConfig.load(config).lowers): config for config in configs}
+        # By default a container writes to an overlay, of which containerd's own differ makes an ordinary layer.
+        assert max(by_depth) == (3 if mode == "dir" else 2)
+        device = host.snapshotter.devices.attach(by_depth[max(by_depth)], "checked")
+        checked = subprocess.run(["e2fsck", "-fn", device.path], capture_output=True, text=True, check=False)
+        host.snapshotter.devices.detach("checked")
+        assert "Pass 5" in checked.stdout
+        assert checked.returncode == 0, checked.stdout
