@@ -14,10 +14,23 @@ from obdlab.lab.kinds.index import Index
 from obdlab.lab.kinds.kind import Kind
 from obdlab.lab.kinds.memory import Memory
 from obdlab.lab.kinds.misses import Misses
+from obdlab.lab.kinds.simulation import Simulation
 from obdlab.lab.kinds.start import Start
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (Start(), Codec(), Index(), Depth(), Fio(), Build(), Conversion(), Misses(), Memory())
+    kind.name: kind
+    for kind in (
+        Start(),
+        Codec(),
+        Index(),
+        Depth(),
+        Fio(),
+        Build(),
+        Conversion(),
+        Misses(),
+        Memory(),
+        Simulation(),
+    )
 }
 #: The kind of a declaration that names none.
 START = Start.name

@@ -116,6 +116,8 @@ class Kind:
     #: Defaults of a declaration.
     a_a: ClassVar[bool] = False
     cell_timeout_s: ClassVar[float] = 600.0
+    #: The points that benches measure have the key "repeat", the number of the cell's: the seed of a simulation.
+    seeded: ClassVar[bool] = False
     #: Keys of :meth:`how_measured` that older rows lack, oldest first, each with the value that it had then.
     added: ClassVar[Mapping[str, Value]] = {}
     #: Modules that measure; ``obdlab.lab.run.code`` follows their imports. (): the kind's own module.

@@ -140,7 +140,8 @@ class Spec:
         """Return the point that is measured for a cell: the A/A label stands for the baseline."""
         arm = cell.point[self.arm_axis]
         is_label = self.a_a and arm == f"{self.baseline}{AA_SUFFIX}"
-        return {**cell.point, self.arm_axis: self.baseline} if is_label else cell.point
+        seed = {"repeat": cell.repeat} if KINDS[self.kind].seeded else {}
+        return {**cell.point, **({self.arm_axis: self.baseline} if is_label else {}), **seed}
 
     def points(self, shared: Point | None = None) -> list[Point]:
         """Return every point, or those of the bench of ``shared``."""

@@ -21,8 +21,8 @@ _NEVER = float("inf")
 # Rounding must make no link full or overfull.
 _ALMOST, _OVER = 1 - 1e-9, 1 + 1e-9
 #: Links with more flows than this are rated again at most every so many seconds for each flow: one that n flows share
-#: would otherwise cost n steps for each of n flows' ends. A new flow waits so long for its share.
-EXACT_FLOWS, PACE_S = 64, 2e-6
+#: would otherwise cost n steps for each of n flows' ends. Until then a new flow has the room that ended ones left.
+EXACT_FLOWS, PACE_S = 64, 1e-5
 
 
 class Link:
@@ -67,6 +67,16 @@ class Network:
         flow.left, flow.since, flow.rate, flow.ends = size, self._events.now, 0.0, _NEVER
         flow.up.flows[flow] = flow.down.flows[flow] = None
         self._dirty[flow.up] = None
+        if len(flow.up.flows) > self._exact:
+            self._take_room(flow)
+
+    def _take_room(self, flow: Flow) -> None:
+        up, down = flow.up, flow.down
+        rate = min(up.capacity - up.load, up.capacity / len(up.flows), down.capacity - down.load, flow.limit)
+        if rate > up.capacity * (1 - _ALMOST):
+            up.load += rate
+            down.load += rate
+            self._rate(flow, rate, self._events.now)
 
     def again(self, flow: Flow, size: float) -> None:
         """Send ``size`` more bytes at the present rate by a flow that has just ended."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from obdlab.peers.simulator.network import Flow, Link, Network
 from obdlab.peers.simulator.rules import ROOT, group, rule
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from obdlab.peers.simulator.workload import Workload
 
@@ -126,7 +127,7 @@ class _Flight:
         self.host, self.source, self.block = host, source, block
         self.channel: _Channel | None = None
         self.above: _Flight | None = None
-        self.readers: list[_Container] = []
+        self.readers: list[Container] = []
         self.followers: list[_Flight] = []
         self.tails: list[tuple[_Flight, float]] = []
         self.begun_s = -1.0
@@ -149,7 +150,7 @@ class _Channel(Flow):
         self.growing = False
 
 
-class _Container:
+class Container:
     __slots__ = ("began_s", "host", "missing", "number", "slow", "step")
 
     def __init__(self, number: int, host: _Host, began_s: float, slow: float) -> None:
@@ -188,18 +189,29 @@ def simulate(
     if hosts < 1 or not starts_s or min(starts_s) < 0 or arity < 1 or noise < 0:
         got = f"{hosts} hosts, {len(starts_s)} starts, arity {arity}, noise {noise:g}"
         raise SimulationError(f"wanted hosts, starts from 0 s on, an arity, and noise of 0 or more (got {got})")
+    with no_collection():
+        return Swarm(site, workload, topology, hosts, seed, arity, noise).run(starts_s, until_s)
+
+
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """Keep Python from looking for cycles: a swarm's objects live long, and looking through them doubles the time."""
     collecting = gc.isenabled()
-    gc.disable()  # the objects of hosts and flights live long; looking through them again and again doubles the time
+    gc.disable()
     try:
-        return _Swarm(site, workload, topology, hosts, seed, arity).run(starts_s, noise, until_s)
+        yield
     finally:
         if collecting:
             gc.enable()
 
 
-class _Swarm:
-    def __init__(self, site: Site, workload: Workload, topology: str, hosts: int, seed: int, arity: int) -> None:
-        self._site, self._workload, self._random = site, workload, Random(seed)
+class Swarm:
+    """The state of a simulation; :func:`simulate` has the arguments."""
+
+    def __init__(
+        self, site: Site, workload: Workload, topology: str, hosts: int, seed: int, arity: int, noise: float
+    ) -> None:
+        self._site, self._workload, self._noise, self._random = site, workload, noise, Random(seed)
         self._rule = rule(topology, hosts, 1 + max(workload.layers), seed, arity)
         self._groups = workload.layers if self._rule.by_layer else (0,) * len(workload.layers)
         self._events = Events()
@@ -215,25 +227,37 @@ class _Swarm:
         self._copies = [0] * len(workload.sizes)
         self.outcome = Outcome([])
 
-    def run(self, starts_s: Sequence[float], noise: float, until_s: float) -> Outcome:
-        outcome, site = self.outcome, self._site
-        outcome.ready_s = [_NEVER] * len(starts_s)
-        most = -(-len(starts_s) // len(self._hosts))
-        for number, start_s in enumerate(starts_s):
-            host = self._hosts[number % len(self._hosts)]
-            slow = max(1.0, most / site.cores) * self._random.lognormvariate(0.0, noise)
-            container = _Container(number, host, start_s, slow)
-            self._events.at(start_s + site.local_s * slow, self._advance, container)
+    def run(self, starts_s: Sequence[float], until_s: float) -> Outcome:
+        """Start a container at each time; return when all are ready."""
+        per_host = -(-len(starts_s) // len(self._hosts))
+        for start_s in starts_s:
+            self._start(start_s, per_host)
+        return self._finish(until_s)
+
+    # Start the next container on the next host, which runs at most ``per_host`` of them.
+    def _start(self, start_s: float, per_host: int) -> None:
+        number = len(self.outcome.ready_s)
+        self.outcome.ready_s.append(_NEVER)
+        slow = max(1.0, per_host / self._site.cores) * self._random.lognormvariate(0.0, self._noise)
+        container = Container(number, self._hosts[number % len(self._hosts)], start_s, slow)
+        self._events.at(start_s + self._site.local_s * slow, self._advance, container)
+
+    def _finish(self, until_s: float) -> Outcome:
+        outcome = self.outcome
         self._events.run(self._network.settle, until_s)
         outcome.events, outcome.ended_s = self._events.count, self._events.now
         outcome.most_copies = max(self._copies)
-        if max(outcome.ready_s) == _NEVER:
-            raise SimulationError(f"{outcome.ready_s.count(_NEVER)} of {len(starts_s)} containers never became ready")
+        missing = outcome.ready_s.count(_NEVER)
+        if missing:
+            raise SimulationError(f"{missing} of {len(outcome.ready_s)} containers never became ready")
         return outcome
+
+    def _ready(self, container: Container) -> None:
+        self.outcome.ready_s[container.number] = self._events.now - container.began_s
 
     # Containers.
 
-    def _advance(self, container: _Container) -> None:
+    def _advance(self, container: Container) -> None:
         steps, held = self._workload.steps, container.host.held
         think_s = 0.0
         while container.step < len(steps):
@@ -244,9 +268,9 @@ class _Swarm:
                 self._events.at(self._events.now + think_s, self._read, container)
                 return
             container.step += 1
-        self.outcome.ready_s[container.number] = self._events.now + think_s - container.began_s
+        self._events.at(self._events.now + think_s, self._ready, container)
 
-    def _read(self, container: _Container) -> None:
+    def _read(self, container: Container) -> None:
         for block in self._workload.steps[container.step].blocks:
             flight = self._want(container.host, block)
             if flight is not None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from obdlab.peers.simulator import Site, Workload, simulate
 from obdlab.peers.simulator.events import Events, SimulationError
-from obdlab.peers.simulator.network import Flow, Link, Network
+from obdlab.peers.simulator.network import PACE_S, Flow, Link, Network
 
 #: A flow's two links by number, its limit (0: none), its start, its bytes.
 FLOW = st.tuples(
@@ -126,6 +127,19 @@ def test_a_crowded_link_moves_all_bytes_at_its_capacity() -> None:
     assert least - 1e-6 <= max(run.ended.values()) <= 1.02 * least + 2
     ends = [run.ended[number] for number in range(0, 300, 3)]
     assert all(first <= second for first, second in pairwise(ends))
+
+
+def test_rating_a_crowded_link_now_and_then_changes_little() -> None:
+    workload = Workload.even(10, 280_000, 0.002)
+    starts_s = [number / 4000 for number in range(200)]
+    ends = {}
+    for exact in (64, 1000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Network.__init__, "__defaults__", (exact, PACE_S))
+            ends[exact] = simulate(Site(), workload, "direct", 200, starts_s, seed=1, noise=0.1)
+    assert ends[64].events < ends[1000].events / 5
+    assert max(ends[64].ready_s) == pytest.approx(max(ends[1000].ready_s), rel=0.03)
+    assert ends[64].origin_bytes == ends[1000].origin_bytes
 
 
 def test_a_limit_that_rises() -> None:
