@@ -42,17 +42,7 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         default=Path(os.environ.get("OBDLAB_RUN_DIR", DEFAULT_RUN_DIR)),
         help="sockets and device servers (default: $OBDLAB_RUN_DIR or %(default)s)",
     )
-    group.add_argument(
-        "--cache-dir",
-        type=Path,
-        help=f"block cache shared by all devices (default: $OBDLAB_CACHE_DIR or {DEFAULT_CACHE_DIR})",
-    )
-    group.add_argument(
-        "--cache-quota",
-        type=size_argument,
-        metavar="SIZE",
-        help="most that the block cache may hold, 0: no limit (default: $OBDLAB_CACHE_QUOTA or 4G)",
-    )
+    add_cache_options(group)
     group.add_argument(
         "--download",
         action="store_true",
@@ -65,6 +55,21 @@ def add_runtime_options(parser: argparse.ArgumentParser) -> None:
         help="log the reads of devices from registries, cache and disks, one line each (default: no log)",
     )
     _add_settings_option(parser)
+
+
+def add_cache_options(group: argparse._ActionsContainer) -> None:
+    """Add the options for the block cache."""
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        help=f"block cache shared by all devices (default: $OBDLAB_CACHE_DIR or {DEFAULT_CACHE_DIR})",
+    )
+    group.add_argument(
+        "--cache-quota",
+        type=size_argument,
+        metavar="SIZE",
+        help="most that the block cache may hold, 0: no limit (default: $OBDLAB_CACHE_QUOTA or 4G)",
+    )
 
 
 def add_registry_options(parser: argparse.ArgumentParser) -> None:

@@ -202,6 +202,7 @@ example: the snapshotter with metrics; containerd's configuration names its sock
         Command("snapshotter", "serve containerd as a proxy snapshotter", ".serve.snapshotter:declare"),
         Command("tcmu", "serve TCMU devices, in place of overlaybd-tcmu", ".serve.tcmu_command:declare"),
         Command("exporter", "serve metrics for Prometheus, and health", ".serve.exporter_command:declare"),
+        Command("peer", "pass blocks on to this host's devices and other hosts", ".serve.peer_command:declare"),
         Command("snapshot-api", "take live snapshots by HTTP requests", ".serve.snapshot_api:declare"),
         Command("device-host", "fork device servers; started on demand", ".device_host:declare"),
     ),

@@ -23,13 +23,14 @@ from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.registryaccess import open_client
 from obdlab.image.treenodes import KeptNodes, TreeNodes
 from obdlab.observe.counters import LAZY_LAYERS
+from obdlab.registry.p2p import TREE_HEADER
 from obdlab.registry.reference import Repository
 from obdlab.registry.remoteblob import RemoteBlob
 from obdlab.settings.settings import VERIFY_OFF, VERIFY_REQUIRE
 from obdlab.system.metered import metered
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from obdlab.blob import Around, Blob
     from obdlab.call import Call
@@ -131,7 +132,7 @@ class RemoteLayers:
         size = size or self._client.blob_size(self._repository, digest, self._terms)
         if size == 0:
             raise FormatError("blob is empty", blob=f"{self._repository}@{digest}")
-        origin = self._origin(digest, size)
+        origin = self._origin(digest, size, tree)
         blob: Blob = origin
         try:
             blob = self._around("origin", origin)
@@ -164,10 +165,11 @@ class RemoteLayers:
             self._content_blobs.append(blob)
         return blob
 
-    def _origin(self, digest: str, size: int) -> _Origin:
+    def _origin(self, digest: str, size: int, tree: TreeReference | None = None) -> _Origin:
         with self._lock:
             self._users += 1
-        origin = _Origin(self._client, self._repository, digest, size, self.close)
+        aside = {} if tree is None else {TREE_HEADER: str(tree)}
+        origin = _Origin(self._client, self._repository, digest, size, self.close, aside)
         origin.terms = self._terms
         return origin
 
@@ -247,9 +249,15 @@ class RemoteLayers:
 class _Origin(RemoteBlob):
     # Releases the shared client when it is closed, once.
     def __init__(
-        self, client: RegistryClient, repository: Repository, digest: str, size: int, release: Callable[[], None]
+        self,
+        client: RegistryClient,
+        repository: Repository,
+        digest: str,
+        size: int,
+        release: Callable[[], None],
+        aside: Mapping[str, str],
     ) -> None:
-        super().__init__(client, repository, digest, size)
+        super().__init__(client, repository, digest, size, aside=aside)
         self._release: Callable[[], None] | None = release
 
     def close(self) -> None:

@@ -1,3 +1,3 @@
-"""Hosts that pass blocks on to each other. So far the topologies alone; no agent uses them yet."""
+"""Hosts that pass blocks on to each other: the topologies, and the agent of a host."""
 
 from __future__ import annotations

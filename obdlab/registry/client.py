@@ -18,6 +18,7 @@ from obdlab.registry.blobstream import BlobStream
 from obdlab.registry.credentials import Credentials
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.link import LEAST_NOTED, Link
+from obdlab.registry.p2p import NO_HEADERS
 from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
@@ -25,7 +26,7 @@ from obdlab.registry.session import DELETE, PUSH, Session
 from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
     from pathlib import Path
 
     from obdlab.formats.oci import Descriptor
@@ -232,11 +233,12 @@ class RegistryClient:
         *,
         size: int | None = None,
         name: str = "",
+        aside: Mapping[str, str] = NO_HEADERS,
     ) -> bytes:
         """Return exactly ``length`` bytes of a blob from ``offset``, by the deadline of the call, else the client's.
 
-        ``name`` is that of the blob in errors, if the caller has it. Raises RegistryError, also if the registry says
-        that the blob is not of ``size`` bytes.
+        ``name`` is that of the blob in errors, if the caller has it; a P2P proxy gets the headers ``aside`` as well.
+        Raises RegistryError, also if the registry says that the blob is not of ``size`` bytes.
         """
         name = name or _name(repository, digest)
         if length == 0:
@@ -245,7 +247,14 @@ class RegistryClient:
         headers = {"Range": f"bytes={offset}-{offset + length - 1}"}
         read = partial(answer.read_range, offset=offset, length=length, doing=doing, size=size)
         get = partial(
-            self._session.get, repository, f"blobs/{digest}", headers, doing=doing, wanted=(200, 206), bulk=True
+            self._session.get,
+            repository,
+            f"blobs/{digest}",
+            headers,
+            doing=doing,
+            wanted=(200, 206),
+            bulk=True,
+            aside=aside,
         )
         request: Callable[[Call], bytes] = partial(get, read)
         if length >= LEAST_NOTED:
@@ -287,6 +296,7 @@ class RegistryClient:
         call: Call = UNBOUND,
         *,
         size: int | None = None,
+        aside: Mapping[str, str] = NO_HEADERS,
     ) -> RangeStream:
         """Request a byte range of a blob once, for reading it as it arrives. Nothing is retried.
 
@@ -304,6 +314,7 @@ class RegistryClient:
                 wanted=(200, 206),
                 call=terms,
                 bulk=True,
+                aside=aside,
             )
 
         return self._session.persist(request, blob=name, offset=offset, call=call, tries=1)

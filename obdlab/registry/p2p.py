@@ -12,6 +12,8 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from urllib.parse import urlsplit
 
 from obdlab.errors import ObdlabError
@@ -19,6 +21,12 @@ from obdlab.registry.reference import is_loopback
 from obdlab.registry.standing import Absences, Standing
 
 logger = logging.getLogger(__name__)
+
+#: Headers for obdlab's own agent (:mod:`obdlab.peers.agent`); other proxies ignore them. The blob's URL at its
+#: registry, if the request names the storage that the registry redirects to, and the hash tree that checks the blob.
+BLOB_HEADER = "X-Obdlab-Blob"
+TREE_HEADER = "X-Obdlab-Tree"
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 _CONNECT_S = 0.5
 _CHECK_EVERY_S = 5.0

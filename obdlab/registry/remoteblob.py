@@ -16,8 +16,11 @@ from obdlab.formats.oci import check_digest
 from obdlab.observe import audit
 from obdlab.observe.counters import DOWNLOAD_BYTES, DOWNLOAD_TIMES
 from obdlab.registry.errors import RegistryError
+from obdlab.registry.p2p import NO_HEADERS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.link import Link
     from obdlab.registry.rangestream import RangeStream
@@ -35,7 +38,8 @@ _FULL_SHARE = 0.5
 class RemoteBlob(Blob):
     """A registry's blob of a size known beforehand (from its descriptor). Nothing is requested before a read.
 
-    ``deadline_s`` bounds each read with all its retries; without it the client's own deadline does.
+    ``deadline_s`` bounds each read with all its retries; without it the client's own deadline does. A P2P proxy gets
+    the headers ``aside`` with each request.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class RemoteBlob(Blob):
         size: int,
         *,
         deadline_s: float | None = None,
+        aside: Mapping[str, str] = NO_HEADERS,
     ) -> None:
         self.name = f"{repository}@{check_digest(digest, str(repository))}"
         self._client = client
@@ -54,6 +59,7 @@ class RemoteBlob(Blob):
         self._url = f"{repository.blobs_url}/{digest}"
         self._size = size
         self._link = client.link(repository)
+        self._aside = aside
         #: The time that a read may take.
         self.deadline_s = client.deadline_s if deadline_s is None else deadline_s
         #: The terms of reads without a call.
@@ -80,7 +86,14 @@ class RemoteBlob(Blob):
             if terms.on_wait is not None:
                 terms.on_wait()
             data = self._client.read_range(
-                self._repository, self._digest, offset, length, terms, size=self._size, name=self.name
+                self._repository,
+                self._digest,
+                offset,
+                length,
+                terms,
+                size=self._size,
+                name=self.name,
+                aside=self._aside,
             )
         except RegistryError as error:
             now = time.monotonic()
@@ -105,7 +118,13 @@ class RemoteBlob(Blob):
         """Request a range, to be read as it arrives. Raises RegistryError."""
         check_range(self, offset, length)
         return self._client.open_range(
-            self._repository, self._digest, offset, length, call or self.terms, size=self._size
+            self._repository,
+            self._digest,
+            offset,
+            length,
+            call or self.terms,
+            size=self._size,
+            aside=self._aside,
         )
 
     def _check_failed(self, offset: int, stop: int, now: float) -> None:

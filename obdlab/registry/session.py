@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, TypeVar
 from urllib.parse import urlsplit
 
@@ -22,6 +21,7 @@ from obdlab.registry.answer import from_response
 from obdlab.registry.auth import Authenticator
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.mirrors import Mirrors
+from obdlab.registry.p2p import BLOB_HEADER, NO_HEADERS
 from obdlab.registry.redirects import origin, redirected
 from obdlab.registry.transport import Transport
 from obdlab.registry.tries import persist
@@ -49,7 +49,6 @@ _MAX_REDIRECTS = 5
 # Signed storage URLs live for minutes (those of Docker Hub for at least five).
 _LOCATION_LIFE_S = 240.0
 _MAX_LOCATIONS = 4096
-_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 # A mirror or proxy gets at most this much of a read's time, and a quarter of the rest: the registry needs time too.
 _HELPER_S = 15.0
 _HELPER_SHARE = 0.25
@@ -106,7 +105,7 @@ class Session:
         call: Call,
         actions: str = PULL,
         body: bytes | Callable[[], IO[bytes]] | None = None,
-        own: Mapping[str, str] = _NO_HEADERS,
+        own: Mapping[str, str] = NO_HEADERS,
     ) -> Answer:
         """Send a request to the registry, answering one challenge. The caller handles every status but 401.
 
@@ -129,11 +128,13 @@ class Session:
         wanted: tuple[int, ...],
         helped: bool = True,
         bulk: bool = False,
+        aside: Mapping[str, str] = NO_HEADERS,
     ) -> T:
         """GET ``<repository>/<path>`` and return ``read(response)`` for an answer with a wanted status.
 
-        ``helped`` asks mirrors first, ``bulk`` the P2P proxy. The target of a redirect to another host is remembered
-        for a while, and requested directly. Raises RegistryError, and the errors of ``read``.
+        ``helped`` asks mirrors first, ``bulk`` the P2P proxy, which alone gets the headers ``aside``. The target of a
+        redirect to another host is remembered for a while, and requested directly. Raises RegistryError, and the
+        errors of ``read``.
         """
         mirrors = self._mirrors.known.get(repository.host)
         for mirror in (self._mirrors.of(repository) if mirrors is None else mirrors) if helped else ():
@@ -151,7 +152,7 @@ class Session:
             self._mirrors.worked(mirror)
             return answer
         url = f"{repository.api_url}/{path}"
-        return self._get(repository, url, headers, read, doing, wanted, call, bulk)
+        return self._get(repository, url, headers, read, doing, wanted, call, bulk, aside=aside)
 
     def distrust(self, repository: Repository, path: str) -> str:
         """Use only the registry itself for a while: a mirror, a proxy or a redirect gave wrong data.
@@ -197,12 +198,15 @@ class Session:
         wanted: tuple[int, ...],
         call: Call,
         bulk: bool,
-        own: Mapping[str, str] = _NO_HEADERS,
+        own: Mapping[str, str] = NO_HEADERS,
+        aside: Mapping[str, str] = NO_HEADERS,
     ) -> T:
         proxy = self._p2p
         if bulk and proxy is not None and proxy.usable(url):
             target, wants = self._resolve(repository, url, doing, call, own)
             try:
+                if not proxy.http_proxy:
+                    wants = {**wants, **aside, **({} if target == url else {BLOB_HEADER: url})}
                 return self._through(proxy, target, {**headers, **wants}, read, doing, wanted, call)
             except RegistryError as error:
                 if call.broken_off:
@@ -263,7 +267,7 @@ class Session:
         if origin(target) == origin(url):
             authorization = self._auth.header(repository, PULL, call)
             return target, own if authorization is None else {**own, "Authorization": authorization}
-        return target, _NO_HEADERS
+        return target, NO_HEADERS
 
     def _open(
         self,

@@ -17,7 +17,6 @@ import logging
 import os
 import socket
 import threading
-import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,6 +28,7 @@ import msgspec
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.observe.printable import printable
 from obdlab.server import wire
+from obdlab.server.deadlinereader import DeadlineReader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -183,7 +183,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self._reader = _DeadlineReader(self.connection)
+        self._reader = DeadlineReader(self.connection, request_s=REQUEST_TIMEOUT_S, idle_s=_IDLE_TIMEOUT_S)
         self.rfile = io.BufferedReader(self._reader)
 
     def handle_one_request(self) -> None:
@@ -274,27 +274,3 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
         verb = (self.command or "")[:_MOST_OF_VERB]
         log.info("%s: %s %s", self.client_address[0], printable(verb), args[1] if len(args) > 1 else "")
-
-
-class _DeadlineReader(io.RawIOBase):
-    # Reads from a connection. Once a request has begun to arrive, all of it must arrive within its time.
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._deadline: float | None = None
-
-    def expect(self) -> None:
-        """A new request may begin now."""
-        self._deadline = None
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = _IDLE_TIMEOUT_S if self._deadline is None else self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the request did not come in in time")
-        self._connection.settimeout(left)
-        length = self._connection.recv_into(buffer)
-        if self._deadline is None:
-            self._deadline = time.monotonic() + REQUEST_TIMEOUT_S
-        return length

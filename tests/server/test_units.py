@@ -28,6 +28,7 @@ EXPOSED = {
     HOST: 4.6,
     "obdlab-tcmu.service": 4.0,
     "obdlab-exporter.service": 2.0,
+    "obdlab-peer.service": 2.2,
     "obdlab-nbd@.service": 1.5,
     "obdlab-snapshotter.service": 7.0,  # a mount namespace of its own is out of the question
 }

@@ -1,0 +1,3 @@
+"""Tests of the agent that passes blocks on."""
+
+from __future__ import annotations

@@ -1,0 +1,220 @@
+"""The agent's parts by themselves: what it accepts, signatures, lists of agents, routes, transfers."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from obdlab.formats.hashtree import TreeReference
+from obdlab.peers.agent.asked import HOPS_HEADER, MOST_HOPS, Asked, RefusedError, Rules, parse_range
+from obdlab.peers.agent.members import Members, MembersError, parse_members
+from obdlab.peers.agent.route import Router
+from obdlab.peers.agent.service import PeerOptionsError, read_key
+from obdlab.peers.agent.signature import SIGNATURE_HEADER, VALID_S, is_signed, sign
+from obdlab.peers.agent.transfer import Transfer
+from obdlab.registry.p2p import BLOB_HEADER, TREE_HEADER
+from obdlab.registry.reference import Repository
+
+HEX, OTHER = "a" * 64, "b" * 64
+URL = f"https://registry.example/v2/lib/app/blobs/sha256:{HEX}"
+RULES = Rules("peer", frozenset({"registry.example", "127.0.0.1:5000"}))
+REPOSITORY = Repository("registry.example", "lib/app")
+
+
+@pytest.mark.parametrize(
+    ("target", "headers", "wanted"),
+    [
+        (f"/peer/{URL}", {}, Asked(REPOSITORY, f"sha256:{HEX}")),
+        (f"/v2/lib/app/blobs/sha256:{HEX}?ns=registry.example", {}, Asked(REPOSITORY, f"sha256:{HEX}")),
+        (f"/peer/{URL}", {HOPS_HEADER: "a, b"}, Asked(REPOSITORY, f"sha256:{HEX}", hops=("a", "b"))),
+        (
+            f"/peer/{URL}",
+            {TREE_HEADER: f"sha256:{OTHER},sha256:{HEX}"},
+            Asked(REPOSITORY, f"sha256:{HEX}", TreeReference(f"sha256:{OTHER}", f"sha256:{HEX}")),
+        ),
+        # A reader that was redirected: the storage's URL is not used, the registry's is.
+        (
+            f"/peer/https://storage.example/docker/sha256/aa/{HEX}/data?signature=1",
+            {BLOB_HEADER: URL},
+            Asked(REPOSITORY, f"sha256:{HEX}"),
+        ),
+        (f"/peer/{URL[:-64]}{OTHER}", {BLOB_HEADER: URL}, 400),
+        (f"/peer/https://storage.example/docker/sha256/bb/{OTHER}/data", {BLOB_HEADER: URL}, 400),
+        ("/peer/https://registry.example/v2/lib/app/manifests/latest", {}, 400),
+        (f"/peer/https://registry.example/v2/lib/../app/blobs/sha256:{HEX}", {}, 400),
+        (f"/peer/https://user@registry.example/v2/lib/app/blobs/sha256:{HEX}", {}, 400),
+        (f"/peer/file:///v2/lib/app/blobs/sha256:{HEX}", {}, 400),
+        (f"/peer/{URL}", {TREE_HEADER: "sha256:1"}, 400),
+        (f"/peer/{URL}", {HOPS_HEADER: "a b/c"}, 400),
+        (f"/peer/http://169.254.169.254/v2/lib/app/blobs/sha256:{HEX}", {}, 403),
+        (f"/peer/{URL.replace('https', 'http')}", {}, 403),
+        (f"/v2/lib/app/blobs/sha256:{HEX}?ns=other.example", {}, 403),
+        (f"/v2/lib/app/blobs/sha256:{HEX}", {}, 404),
+        ("/v2/lib/app/manifests/latest?ns=registry.example", {}, 404),
+        (f"/other/{URL}", {}, 404),
+        (f"/peer/{URL}", {HOPS_HEADER: "a,me,b"}, 508),
+        (f"/peer/{URL}", {HOPS_HEADER: ",".join(map(str, range(MOST_HOPS + 1)))}, 508),
+    ],
+)
+def test_what_is_accepted(target: str, headers: dict[str, str], wanted: Asked | int) -> None:
+    if isinstance(wanted, int):
+        with pytest.raises(RefusedError) as refusal:
+            RULES.parse(target, headers, "me")
+        assert refusal.value.status == wanted
+    else:
+        assert RULES.parse(target, headers, "me") == wanted
+
+
+def test_a_loopback_registry_needs_no_tls() -> None:
+    asked = RULES.parse(f"/peer/http://127.0.0.1:5000/v2/a/blobs/sha256:{HEX}", {}, "me")
+    assert asked.url == f"http://127.0.0.1:5000/v2/a/blobs/sha256:{HEX}"
+
+
+@given(size=st.integers(1, 50), first=st.integers(0, 60), last=st.integers(0, 60))
+def test_ranges(size: int, first: int, last: int) -> None:
+    for text, wanted in (
+        (f"bytes={first}-{last}", range(size)[first : last + 1] if last >= first else range(0)),
+        (f"bytes={first}-", range(size)[first:]),
+        (f"bytes=-{last}", range(size)[-last:] if last else range(0)),
+    ):
+        if wanted:
+            assert parse_range(text, size) == (wanted[0], wanted[-1] + 1)
+        else:
+            with pytest.raises(RefusedError) as refusal:
+                parse_range(text, size)
+            assert refusal.value.status == 416
+
+
+@pytest.mark.parametrize("text", ["bytes=0-1,3-4", "bytes=-", "items=0-1", "bytes=a-b", "bytes=0 - 1"])
+def test_other_ranges_are_refused(text: str) -> None:
+    with pytest.raises(RefusedError):
+        parse_range(text, 100)
+
+
+def test_a_signature_is_for_one_request_one_receiver_and_one_minute() -> None:
+    key, now = b"k" * 16, 1_000_000.0
+    headers = {"Range": "bytes=0-9", HOPS_HEADER: "me", TREE_HEADER: "t"}
+    headers[SIGNATURE_HEADER] = sign(key, "a1", "/x", headers, now)
+    assert is_signed(key, "a1", "/x", headers, now + VALID_S - 1)
+    assert not is_signed(key, "a1", "/x", headers, now + VALID_S + 2)
+    assert not is_signed(key, "a1", "/x", headers, now - VALID_S - 2)
+    assert not is_signed(key, "a2", "/x", headers, now)
+    assert not is_signed(key, "a1", "/y", headers, now)
+    assert not is_signed(b"l" * 16, "a1", "/x", headers, now)
+    assert not is_signed(b"", "a1", "/x", {**headers, SIGNATURE_HEADER: sign(b"", "a1", "/x", headers, now)}, now)
+    for name in ("Range", HOPS_HEADER, TREE_HEADER):
+        assert not is_signed(key, "a1", "/x", {**headers, name: "other"}, now)
+    for text in ("", "1", "x:y", ":", f"{int(now)}:é"):
+        assert not is_signed(key, "a1", "/x", {**headers, SIGNATURE_HEADER: text}, now)
+
+
+def test_a_key_that_others_may_read_or_guess_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(b"0123456789abcdef\n")
+    path.chmod(0o640)
+    with pytest.raises(PeerOptionsError, match="640"):
+        read_key(path)
+    path.chmod(0o600)
+    assert read_key(path) == b"0123456789abcdef"
+    path.write_bytes(b"short")
+    with pytest.raises(PeerOptionsError, match="16"):
+        read_key(path)
+
+
+def test_lists_of_agents(tmp_path: Path) -> None:
+    found = parse_members("10.0.0.1:80 a@h:81, [::1]:9 # no\n\nb@h:82", "here")
+    assert {id_: each.address for id_, each in found.items()} == {
+        "10.0.0.1:80": "10.0.0.1:80",
+        "a": "h:81",
+        "[::1]:9": "[::1]:9",
+        "b": "h:82",
+    }
+    for text in ("host", "host:0", "host:99999", "a b@h:1 c@", "a/b@h:1"):
+        with pytest.raises(MembersError):
+            parse_members(text, "here")
+    path = tmp_path / "members"
+    path.write_text("a@h:1")
+    members = Members(f"file:{path}", "me")
+    assert set(members.known) == {"a", "me"}
+    path.write_text("b@h:1")
+    assert members.look()
+    assert set(members.known) == {"b", "me"}
+    assert not members.look()
+    path.write_text("nonsense")
+    with pytest.raises(MembersError):
+        members.look()
+    assert set(members.known) == {"b", "me"}, "a list that is wrong leaves the last one"
+    assert set(Members("dns:localhost:9731", "me").known) > {"me"}
+    for source in ("file:", "k8s:x", f"file:{path}.gone", "dns:localhost"):
+        with pytest.raises(MembersError):
+            Members(source, "me")
+
+
+def test_routes_go_past_agents_that_failed_or_lied() -> None:
+    ids = [f"a{number}" for number in range(40)]
+    members = Members("static:" + ",".join(f"{id_}@h:1" for id_ in ids), ids[0])
+    digest = next(
+        f"sha256:{number:064x}"
+        for number in range(1000)
+        if Router(ids[0], members).route(f"sha256:{number:064x}", 0).depth >= 4
+    )
+    router = Router(ids[0], members)
+    parent, other = router.route(digest, 0).members
+    assert router.failed(parent.id)
+    assert not router.failed(parent.id), "it was not well any more"
+    assert router.route(digest, 0).members[0] == other
+    router.ban(other.id, digest)
+    assert not {parent, other} & set(router.route(digest, 0).members)
+    assert router.re_parented == 2
+    assert Router(ids[0], members, "none").route(digest, 0).members == ()
+
+
+def test_one_silence_is_forgiven() -> None:
+    router = Router("me", Members("static:a@h:1", "me"))
+    assert not router.silent("a")
+    router.worked("a")
+    assert not router.silent("a")
+    assert router.silent("a")
+
+
+def test_readers_of_a_transfer_get_all_of_it_whenever_they_come() -> None:
+    data = os.urandom(1000)
+    transfer = Transfer(500, 1500)
+    found: list[bytes] = []
+
+    def read() -> None:
+        got, offset = b"", 500
+        while offset < 1500:
+            piece = transfer.after(offset, time.monotonic() + 60)
+            got, offset = got + piece, offset + len(piece)
+        found.append(got)
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    threads[0].start()
+    transfer.add(data[:300])
+    threads[1].start()
+    transfer.add(data[300:])
+    transfer.finish()
+    threads[2].start()
+    for thread in threads:
+        thread.join(60)
+    assert found == [data] * 3
+    with pytest.raises(ValueError, match="1001"):
+        transfer.add(b"x")
+
+
+def test_readers_of_a_failed_transfer_get_what_came_and_then_the_error() -> None:
+    transfer = Transfer(0, 10)
+    transfer.add(b"abc")
+    transfer.finish(OSError("broken"))
+    assert transfer.after(1, time.monotonic()) == b"bc"
+    with pytest.raises(OSError, match="broken"):
+        transfer.after(3, time.monotonic())
+    with pytest.raises(TimeoutError):
+        Transfer(0, 10).after(0, time.monotonic() + 0.01)
