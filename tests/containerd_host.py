@@ -112,6 +112,7 @@ class ObdlabHost:
 
     containerd: ContainerdHost
     snapshotter: SnapshotterProcess
+    name: str = NAME
 
     def ctr(self, *arguments: str, timeout_s: float = 60.0, check: bool = True) -> str:
         """Run stock ctr in the namespace "test" and return what it printed."""
@@ -126,7 +127,7 @@ class ObdlabHost:
         if not self.containerd.runs:
             return
         deadline = time.monotonic() + _START_TIMEOUT_S
-        listing = ("--namespace", "test", "snapshots", "--snapshotter", NAME, "ls")
+        listing = ("--namespace", "test", "snapshots", "--snapshotter", self.name, "ls")
         while True:
             done = subprocess.run(
                 ["ctr", "--address", self.containerd.address, *listing], capture_output=True, text=True, timeout=60
@@ -146,7 +147,7 @@ class ObdlabHost:
                 client,
                 registry,
                 Reference.parse(reference),
-                snapshotter=NAME,
+                snapshotter=self.name,
                 platform=host_platform(),
                 download=download,
             )
@@ -154,12 +155,17 @@ class ObdlabHost:
 
 @contextmanager
 def containerd_with_obdlab(
-    directory: Path, *arguments: str, sandbox_image: str = "", differ: Mapping[str, object] | None = None
+    directory: Path,
+    *arguments: str,
+    sandbox_image: str = "",
+    differ: Mapping[str, object] | None = None,
+    name: str = NAME,
 ) -> Iterator[ObdlabHost]:
     """Run both below ``directory`` and leave nothing of them behind. ``arguments`` are the snapshotter's.
 
     With ``sandbox_image`` containerd also serves kubelets, with pods on that image. With ``differ``, keys of the
-    snapshotter's configuration file, the snapshotter is containerd's differ too.
+    snapshotter's configuration file, the snapshotter is containerd's differ too. ``name`` is the
+    snapshotter's in containerd.
     """
     if differ is not None:
         config = directory / "snapshotter.json"
@@ -170,7 +176,7 @@ def containerd_with_obdlab(
     with ExitStack() as stack:
         stack.callback(snapshotter.take_down)
         snapshotter.start()
-        proxies, cri = {NAME: str(snapshotter.address)}, NAME if sandbox_image else ""
+        proxies, cri = {name: str(snapshotter.address)}, name if sandbox_image else ""
         host = stack.enter_context(
             running_containerd(
                 directory / "containerd",
@@ -180,7 +186,7 @@ def containerd_with_obdlab(
                 differ="" if differ is None else str(snapshotter.address),
             )
         )
-        running = ObdlabHost(host, snapshotter)
+        running = ObdlabHost(host, snapshotter, name)
         stack.callback(remove_containers, running)
         yield running
 

@@ -43,8 +43,11 @@ if TYPE_CHECKING:
 LABEL_TARGET = "containerd.io/snapshot.ref"
 LABEL_IMAGE_REF = "containerd.io/snapshot/image-ref"
 LABEL_CRI_IMAGE_REF = "containerd.io/snapshot/cri.image-ref"
+#: BuildKit names the image by this label alone, for a snapshotter called "stargz".
+LABEL_STARGZ_REF = "containerd.io/snapshot/remote/stargz.reference"
 LABEL_REMOTE = "containerd.io/snapshot/remote"
 REMOTE_SNAPSHOT = "remote snapshot"
+_REFERENCES = (LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF, LABEL_STARGZ_REF)
 LABEL_DOWNLOAD = "containerd.io/snapshot/overlaybd/download-remote-blob"
 
 #: Only this service sets them: repairs make configurations from them, builders run programs on the path.
@@ -150,8 +153,8 @@ def wants_download(labels: Mapping[str, str]) -> bool:
 
 
 def image_reference(labels: Mapping[str, str]) -> str:
-    """Return the reference of a snapshot's image, from the kubelet's label or else the client's, or ''."""
-    return labels.get(LABEL_CRI_IMAGE_REF) or labels.get(LABEL_IMAGE_REF, "")
+    """Return the reference of a snapshot's image, from the kubelet's label or else a client's, or ''."""
+    return next((labels[label] for label in _REFERENCES if labels.get(label)), "")
 
 
 def remote_layer(labels: Mapping[str, str], options: ImageOptions) -> RemoteLayer | None:
@@ -286,17 +289,18 @@ def registry_reference(labels: Mapping[str, str]) -> Reference | None:
     # containerd lets a layer's annotations pass for labels of the client. Of the two labels, only CRI's overrides an
     # annotation. Credentials and requests go to the host that is named here.
     named = {}
-    for label in (LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF):
+    for label in _REFERENCES:
         text = labels.get(label)
         if text:
             named[label] = _parsed_reference(label, text)
-    references = list(named.values())
-    if len({reference.repo for reference in references}) > 1:
-        raise InvalidArgumentError(
-            f"label {LABEL_IMAGE_REF}: another repository than that of {LABEL_CRI_IMAGE_REF} "
-            f"(got {references[1].repo}, wanted {references[0].repo})"
-        )
-    return references[0] if references else None
+    first = next(iter(named), "")
+    for label, reference in named.items():
+        if reference.repo != named[first].repo:
+            raise InvalidArgumentError(
+                f"label {label}: another repository than that of {first} "
+                f"(got {reference.repo}, wanted {named[first].repo})"
+            )
+    return named.get(first)
 
 
 def _parsed_reference(label: str, text: str) -> Reference:

@@ -43,13 +43,13 @@ class DockerEngine:
 
 
 @contextmanager
-def running_docker(directory: Path, host: ObdlabHost) -> Iterator[DockerEngine]:
+def running_docker(directory: Path, host: ObdlabHost, snapshotter: str = NAME) -> Iterator[DockerEngine]:
     """Run dockerd below ``directory`` with the containerd image store on obdlab's snapshotter."""
     directory.mkdir(parents=True)
     exec_root, log = directory / "exec", directory / "dockerd.log"
     configuration = {
         "features": {"containerd-snapshotter": True},
-        "storage-driver": NAME,
+        "storage-driver": snapshotter,
         "containerd": host.containerd.address,
         "containerd-namespace": "test",
         "containerd-plugins-namespace": "test-plugins",

@@ -92,3 +92,45 @@ def test_docker_commits_through_the_differ(
         host.snapshotter.devices.detach("checked")
         assert "Pass 5" in checked.stdout
         assert checked.returncode == 0, checked.stdout
+
+
+def test_dockers_buildkit_builds_on_a_lazy_base(registry_server: RegistryServer, image: str, tmp_path: Path) -> None:
+    capabilities.require("docker")
+    # The one name of a lazy snapshotter that this BuildKit knows. With two names for one root, containerd's garbage
+    # collection of either deletes the other's snapshots.
+    with (
+        containerd_with_obdlab(tmp_path / "host", name="stargz") as host,
+        running_docker(tmp_path / "docker", host, "stargz") as engine,
+    ):
+        if "buildx" not in engine.docker("buildx", "version", check=False):
+            capabilities.missing("docker", "docker-buildx is not installed")
+        context, built = tmp_path / "context", image.replace(":obd", ":built")
+        context.mkdir()
+        (context / "Dockerfile").write_text(
+            f"FROM {image} AS first\n"
+            'RUN ["/bin/busybox", "sh", "-c", "echo built > /built"]\n'
+            f"FROM {image} AS second\nCOPY --from=first /built /copied\n"
+            "FROM scratch AS files\nCOPY --from=second /copied /etc/issue /\n"
+        )
+        build = ("buildx", "build", "--progress", "plain", "--network", "none", "--provenance", "false", str(context))
+        before = blob_bytes(registry_server)
+        engine.docker(*build, "--target", "files", "--output", f"type=local,dest={tmp_path}/files")
+        assert (tmp_path / "files/copied").read_text() == "built\n"
+        assert (tmp_path / "files/issue").read_text() == "on top\n"
+
+        # Pushed, and only then Docker misses the image in its own store.
+        output = f"type=image,name={built},push=true,store=false,unpack=false"
+        printed = engine.docker(*build, "--target", "second", "--output", output, check=False)
+        assert "pushing manifest" in printed
+        assert "ERROR: tag does not exist" in printed
+        assert blob_bytes(registry_server) - before < len(BIG)
+        host.rpull(built)
+        run = ("run", "--rm", "--snapshotter", "stargz", built, "pushed", "/bin/busybox", "cat", "/copied")
+        assert host.ctr(*run) == "built\n"
+
+        engine.docker(*build, "--target", "second", "--tag", built)
+        assert engine.docker("run", "--network", "none", "--rm", built, "/bin/busybox", "cat", "/copied") == "built\n"
+        engine.docker("rmi", built)
+        engine.docker("buildx", "prune", "--all", "--force")
+        host.ctr("images", "rm", "--sync", built, check=False)
+        wait_for(lambda: list((host.snapshotter.root / "snapshots").iterdir()) == [])

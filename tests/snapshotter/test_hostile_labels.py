@@ -19,7 +19,13 @@ from obdlab.snapshotter.core import Snapshotter
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
 from obdlab.snapshotter.layout import Layout
-from obdlab.snapshotter.overlaybd import LABEL_CRI_IMAGE_REF, LABEL_IMAGE_REF, LABEL_REMOTE, ImageOptions
+from obdlab.snapshotter.overlaybd import (
+    LABEL_CRI_IMAGE_REF,
+    LABEL_IMAGE_REF,
+    LABEL_REMOTE,
+    LABEL_STARGZ_REF,
+    ImageOptions,
+)
 from obdlab.snapshotter.quota import LABEL_QUOTA, quota_asked
 from obdlab.snapshotter.store import Kind, Store
 from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
@@ -201,6 +207,8 @@ def url_of(snapshotter: Snapshotter, labels: Mapping[str, str], tmp_path: Path) 
         {LABEL_IMAGE_REF: "registry.test/a/b:1"},  # the original's rpull
         {LABEL_CRI_IMAGE_REF: "registry.test/a/b:1"},  # Kubernetes, BuildKit
         {LABEL_IMAGE_REF: "registry.test/a/b:1", LABEL_CRI_IMAGE_REF: "registry.test/a/b@" + VICTIM},
+        {LABEL_STARGZ_REF: "registry.test/a/b:1"},  # BuildKit, in its mode for stargz
+        {LABEL_STARGZ_REF: "registry.test/a/b:1", LABEL_CRI_IMAGE_REF: "registry.test/a/b:1"},  # and for overlaybd
     ],
 )
 def test_who_names_the_image(snapshotter: Snapshotter, tmp_path: Path, labels: Mapping[str, str]) -> None:
@@ -217,6 +225,9 @@ def test_an_annotation_does_not_lead_elsewhere_than_kubernetes(snapshotter: Snap
             snapshotter.prepare("extract", "", pull_labels() | labels)
         repos = [Reference.parse(labels[label]).repo for label in (LABEL_IMAGE_REF, LABEL_CRI_IMAGE_REF)]
         assert str(caught.value).endswith(f"(got {repos[0]}, wanted {repos[1]})")
+    labels = {LABEL_STARGZ_REF: other, LABEL_CRI_IMAGE_REF: "registry.test/a/b:1"}
+    with pytest.raises(InvalidArgumentError, match=r"stargz\.reference: another repository"):
+        snapshotter.prepare("extract", "", pull_labels() | labels)
     assert snapshotter.walk() == []
 
 
@@ -235,7 +246,7 @@ def test_an_annotation_does_not_lead_elsewhere_than_kubernetes(snapshotter: Snap
     ],
 )
 def test_a_metadata_service_is_no_registry(snapshotter: Snapshotter, host: str) -> None:
-    for label in (LABEL_IMAGE_REF, LABEL_CRI_IMAGE_REF):
+    for label in (LABEL_IMAGE_REF, LABEL_CRI_IMAGE_REF, LABEL_STARGZ_REF):
         labels = {key: value for key, value in pull_labels().items() if "image-ref" not in key}
         with pytest.raises(InvalidArgumentError, match="link-local"):
             snapshotter.prepare("extract", "", labels | {label: f"{host}/latest/meta-data:1"})
