@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from obdlab.command import install_command
 from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import cosign
 from obdlab.formats.oci import Manifest
@@ -88,7 +89,7 @@ def _load(path: Path) -> EllipticCurvePublicKey:
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError as error:
         what = "signature_keys needs the package cryptography"
-        raise SignatureKeyError(f"{what} ({error}): pip install 'obdlab[signatures]'") from error
+        raise SignatureKeyError(f"{what} ({error}): {install_command('signatures')}") from error
     try:
         with path.open("rb") as file:
             key = load_pem_public_key(file.read(_LONGEST_KEY))

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 #: The device host's socket.
 SOCKET_NAME = "host.sock"
+#: The socket of the process whose forks pull images.
+PULL_SOCKET_NAME = "pull.sock"
 #: Number and start time of the device host's process.
 HOST_PID_NAME = "host.pid"
 #: Locked by the client that starts the host.

@@ -63,6 +63,8 @@ class Settings:
     cache_decompressed: bool = False
     #: True if the snapshotter fetches the indexes of an image's layers when the image is pulled.
     index_at_pull: bool = True
+    #: True if the snapshotter keeps a process that has imported what ``obdlab image pull`` needs, and forks for it.
+    prefork_pulls: bool = True
     #: Checking of lazily read layers by hash trees: "off"; "available": layers whose manifest has a tree; "require":
     #: the same, and layers of a registry without a tree are refused (docs/how-to/verify.md).
     verify: str = VERIFY_AVAILABLE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
@@ -50,6 +51,15 @@ def thread_states(pid: int) -> Iterator[str]:
             yield Stat.parse(task.read_bytes()).state
         except OSError:  # ended meanwhile
             continue
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the numbers of a process's children, those of all its threads; none if it is gone."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended meanwhile
+            found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,3 +30,16 @@ def test_a_pull_loads_what_it_uses(command: list[str], kept: str) -> None:
         check=True,
     )
     assert done.stdout.split() == ["1", kept], done.stdout + done.stderr
+
+
+def test_a_pull_that_is_handed_over_loads_nearly_nothing() -> None:
+    script = "import sys; old = set(sys.modules); import obdlab.cli.prefork.asking; print(*set(sys.modules) - old)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert {name for name in done.stdout.split() if name.startswith("obdlab")} == {
+        "obdlab",
+        "obdlab.cli",
+        "obdlab.cli.prefork",
+        "obdlab.cli.prefork.asking",
+        "obdlab.errors",
+    }
+    assert not {"argparse", "logging", "pathlib", "re", "grpc", "threading"} & set(done.stdout.split())

@@ -91,6 +91,9 @@ def run(args: argparse.Namespace) -> int:
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
+    if settings.prefork_pulls:
+        # Its forks are the commands' own, and it ends with this process.
+        subprocess.Popen([sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(args.run_dir.absolute())])
     logs.announce(f"obdlab snapshotter: ready on {server.address}")
     notify.ready()
     wait_for_signal()

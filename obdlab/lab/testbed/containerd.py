@@ -32,8 +32,9 @@ from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
 from obdlab.lab.testbed.startedcontainer import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.takedown import remove_runtime_state, unmount_below
 from obdlab.server.client import DeviceService
-from obdlab.server.rundir import host_process
+from obdlab.server.rundir import PULL_SOCKET_NAME, host_process
 from obdlab.settings.settings import Settings
+from obdlab.system.processes import children_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -225,8 +226,12 @@ class OwnContainerd(Closing):
         """Pull metadata only, by the process ``obdlab image pull``, as its users do. Raises LabError."""
         options = ["--address", str(self.address), "--namespace", self.namespace, "--snapshotter", LAZY_SNAPSHOTTER]
         words = [sys.executable, "-m", "obdlab", "image", "pull", "--quiet", *options, reference]
-        # The host's own settings are not used.
-        settings = {**self.environment, "OBDLAB_SETTINGS": str(self._settings_file)}
+        # The host's own settings are not used, and the snapshotter's ready process is that of this testbed.
+        settings = {
+            **self.environment,
+            "OBDLAB_SETTINGS": str(self._settings_file),
+            "OBDLAB_RUN_DIR": str(self.state / "run"),
+        }
         run(words, timeout_s=timeout_s, environment=settings)
 
     def plain_http(self, reference: str) -> tuple[str, ...]:
@@ -312,11 +317,16 @@ class OwnContainerd(Closing):
         stack.callback(socket.unlink, missing_ok=True)
         self.groups.add(snapshotter.pid)
         snapshotter.wait_for(socket.exists, "socket")
-        # A host in use has a running device host, so its start (Python with all imports) is not measured.
+        # A host in use has a running device host and a process for pulls, so their starts (Python with all imports)
+        # are not measured.
         self.devices.start_host()
         host = host_process(self.devices.run_dir.path)
         assert host is not None, "the device host was just started"
         self.groups.add(host.pid)
+        if self._settings.prefork_pulls:
+            snapshotter.wait_for((self.state / "run" / PULL_SOCKET_NAME).exists, "socket for pulls")
+        for child in children_of(snapshotter.pid):
+            self.groups.add(child)
 
     def _start_containerd(self, stack: ExitStack) -> None:
         config = self.state / "config.toml"
