@@ -6,7 +6,7 @@ is measured, and ``fitting`` compares it with rows that are.
 
 from __future__ import annotations
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 from obdlab.peers.simulator.swarm import Outcome, Site, simulate
 from obdlab.peers.simulator.workload import Step, Workload
 

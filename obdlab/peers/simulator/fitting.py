@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -10,12 +10,12 @@ from __future__ import annotations
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING, Any
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from obdlab.peers.simulator.events import Events
+    from obdlab.peers.simulator.eventqueue import Events
 
 _NEVER = float("inf")
 # Rounding must make no link full or overfull.

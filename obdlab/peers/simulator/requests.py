@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 from obdlab.peers.simulator.swarm import Outcome, Swarm, no_collection
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 from obdlab.peers.topology import BalancedTree, Direct, Group, RedirectTree, Rendezvous, RootedTree, Topology
 
 #: Name of the host that reads from the origin in trees that have such a host, which starts no container.

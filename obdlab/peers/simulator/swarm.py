@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from obdlab.peers.simulator.events import Events, SimulationError
+from obdlab.peers.simulator.eventqueue import Events, SimulationError
 from obdlab.peers.simulator.network import Flow, Link, Network
 from obdlab.peers.simulator.rules import ROOT, group, rule
 

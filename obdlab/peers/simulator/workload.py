@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from obdlab.peers.simulator.events import SimulationError
+from obdlab.peers.simulator.eventqueue import SimulationError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from obdlab.peers.simulator import Site, Workload, simulate
-from obdlab.peers.simulator.events import Events, SimulationError
+from obdlab.peers.simulator.eventqueue import Events, SimulationError
 from obdlab.peers.simulator.network import PACE_S, Flow, Link, Network
 
 #: A flow's two links by number, its limit (0: none), its start, its bytes.
