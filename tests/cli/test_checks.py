@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -102,3 +103,17 @@ def test_doctor_on_a_kernel_without(filesystems: str, node: str, told: str, tmp_
 
 def test_doctor_is_a_command() -> None:
     assert build_parser().parse_args(["doctor", "--json"]).json is True
+
+
+def test_the_proxy_of_the_settings_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "settings.json"
+    path.write_text("{}")
+    monkeypatch.setenv("OBDLAB_SETTINGS", str(path))
+    assert list(checks._peers()) == []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        path.write_text(json.dumps({"p2p_address": f"http://127.0.0.1:{server.getsockname()[1]}/peer"}))
+        (found,) = checks._peers()
+        assert found.ok, found
+    (found,) = checks._peers()
+    assert not found.ok
+    assert found.optional

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import socket
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,6 +22,7 @@ from obdlab.command import command, install_command
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.layers import native
+from obdlab.registry.p2p import parse_address
 from obdlab.settings.settings import VERIFY_AVAILABLE, VERIFY_OFF, VERIFY_REQUIRE
 from obdlab.system import programs
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 PURPOSES = ("devices", "device kinds", "containers", "conversion", "experiments")
 _AS_ROOT = "run as root (sudo)"
 _COMMAND_S = 10.0
+_CONNECT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ def _device_checks() -> Iterator[Check]:
     yield _survival()
     yield _compiled()
     yield _verification()
+    yield from _peers()
     erofs = "modprobe erofs, or a kernel with CONFIG_EROFS_FS (only for EROFS images)"
     yield _filesystem("devices", "erofs", erofs, optional=True)
 
@@ -97,6 +101,24 @@ def _verification() -> Check:
         VERIFY_REQUIRE: "all are checked, and layers without a hash tree are refused",
     }[verify]
     return Check("devices", name, verify != VERIFY_OFF, detail, fix, optional=True)
+
+
+# Optional: without the proxy devices read from the registry itself.
+def _peers() -> Iterator[Check]:
+    try:
+        address = settings_from(argparse.Namespace()).p2p_address
+        if not address:
+            return
+        endpoint = parse_address(address)[2]
+    except ObdlabError:  # the check of verified reads reports it
+        return
+    fix = "start it (obdlab serve peer, or another P2P proxy), or leave p2p_address out of the settings"
+    try:
+        socket.create_connection(endpoint, timeout=_CONNECT_S).close()
+    except OSError as error:
+        yield Check("devices", "P2P proxy", ok=False, detail=f"{address}: {error}", fix=fix, optional=True)
+    else:
+        yield Check("devices", "P2P proxy", ok=True, detail=f"{address} answers", fix=fix, optional=True)
 
 
 def _container_checks() -> Iterator[Check]:

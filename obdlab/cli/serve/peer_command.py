@@ -90,7 +90,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal comes."""
-    from obdlab.peers.agent.service import start
+    from obdlab.peers.agent.starting import start
 
     settings = settings_from(args)
     set_up_logs(args, logging.INFO, settings=replace(settings, log_path=None))

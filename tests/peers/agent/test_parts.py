@@ -15,8 +15,8 @@ from obdlab.formats.hashtree import TreeReference
 from obdlab.peers.agent.asked import HOPS_HEADER, MOST_HOPS, Asked, RefusedError, Rules, parse_range
 from obdlab.peers.agent.members import Members, MembersError, parse_members
 from obdlab.peers.agent.route import Router
-from obdlab.peers.agent.service import PeerOptionsError, read_key
 from obdlab.peers.agent.signature import SIGNATURE_HEADER, VALID_S, is_signed, sign
+from obdlab.peers.agent.starting import PeerOptionsError, read_key
 from obdlab.peers.agent.transfer import Transfer
 from obdlab.registry.p2p import BLOB_HEADER, TREE_HEADER
 from obdlab.registry.reference import Repository
