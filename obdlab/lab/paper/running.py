@@ -38,7 +38,7 @@ def specs(
     """Return the checked spec of each experiment by its name; ``changes`` are by experiment name as well.
 
     ``declarations`` is the folder of the declarations (default: the workbench's). Raises SpecError if ``changes``
-    names an unknown experiment, or a declaration is missing or malformed.
+    names an unknown experiment or a ``precision``, or a declaration is missing or malformed.
     """
     unknown = sorted(set(changes) - {run.name for run in chosen})
     if unknown:
@@ -48,6 +48,8 @@ def specs(
     for run in chosen:
         spec = load((declarations or folder("experiments")) / run.declaration, quick=quick)
         found[run.name] = spec.with_values(name=run.name, **run.changes, **changes.get(run.name, {}))
+        if found[run.name].precision:
+            raise SpecError(f"{run.name}: precision: the ledger judges fixed numbers of repeats (wanted 0)")
     return found
 
 

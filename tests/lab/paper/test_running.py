@@ -41,6 +41,8 @@ def test_changes_are_checked_before_anything_is_measured(tmp_path: Path, capsys:
     assert not (tmp_path / "results").exists()
     with pytest.raises(SpecError, match="no such experiment"):
         specs(chosen_runs(["codec"]), quick=True, changes={"index": {"repeats": 1}})
+    with pytest.raises(SpecError, match="index: precision: the ledger judges fixed numbers"):
+        specs(chosen_runs(["index"]), quick=True, changes={"index": {"precision": 0.05}})
 
 
 def test_the_ledger_for_programs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,3 +139,22 @@ def test_a_changed_docstring_of_the_real_package_changes_nothing(tmp_path: Path)
     index.write_text(index.read_text() + "\n_MORE = 1\n")
     shutil.copytree(copy, more)
     assert digest_of(more, root) != code_digest("index")
+
+
+def test_a_module_in_c_is_covered_but_for_its_comments(tmp_path: Path) -> None:
+    def digest(text: str) -> str:
+        package = tmp_path / f"c{len(list(tmp_path.iterdir()))}" / "obdlab"
+        package.mkdir(parents=True)
+        (package / "bench.py").write_text("def unpack():\n    from obdlab.fast import go\n    return go()\n")
+        (package / "fast.c").write_text(text)
+        return digest_of(package, ["obdlab.bench"], (), {})
+
+    plain = digest("int go(void) { return 1; }\n")
+    assert digest("/* Goes\n * fast. */\nint go(void) {\n  return 1; // one\n}\n") == plain
+    assert digest("int go(void) { return 2; }\n") != plain
+
+
+def test_starts_measure_the_compiled_unpacking() -> None:
+    measured = KINDS["start"].measured or (type(KINDS["start"]).__module__,)
+    names = {module.name for module in reached(_PACKAGE, measured, NOT_MEASURED, PROGRAMS)}
+    assert {"obdlab.layers.native", "obdlab.layers._blocks"} <= names
