@@ -184,6 +184,7 @@ def containerd_with_obdlab(
                 cri=cri,
                 sandbox_image=sandbox_image,
                 differ="" if differ is None else str(snapshotter.address),
+                transfers=bool(differ and differ.get("convertLayers")),
             )
         )
         running = ObdlabHost(host, snapshotter, name)

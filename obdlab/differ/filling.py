@@ -146,7 +146,7 @@ class Filling:
                 "size": layer.size,
                 "filesystem": filesystem,
                 "below": str(below or ""),
-                "chain_id": target if is_digest(target := overlaybd.pull_target(snapshot.labels)) else "",
+                "chain_id": _chain_id(snapshot),
                 "settings": self._settings.to_json(),
                 "work": str(directory),
             }
@@ -236,6 +236,13 @@ class Filling:
         self._layout.writable(snapshot.id).unlink()
         writable.drop(device.upper)
         self._layout.delete(self._layout.block(snapshot.id))
+
+
+# Only a UUID is made of it: a client that is wrong about it fails when containerd compares digests. Clients without a
+# label for the name have it in the key.
+def _chain_id(snapshot: Snapshot) -> str:
+    found = overlaybd.pull_target(snapshot.labels) or snapshot.key.rpartition(" ")[2]
+    return found if is_digest(found) else ""
 
 
 def _is_empty(directory: Path) -> bool:

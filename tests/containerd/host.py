@@ -94,10 +94,12 @@ def running_containerd(
     cri: str = "",
     sandbox_image: str = "",
     differ: str = "",
+    transfers: bool = False,
 ) -> Iterator[ContainerdHost]:
     """Run containerd below ``directory`` with proxy snapshotters (name: socket), and stop it at the end.
 
-    The ``differ`` on that socket is asked before containerd's own.
+    The ``differ`` on that socket is asked before containerd's own, and is the only one of the transfer service if
+    ``transfers``.
     With ``cri`` its CRI plugin runs too, on the snapshotter of that name and with pods on ``sandbox_image``.
     """
     proxies = "".join(
@@ -109,6 +111,7 @@ def running_containerd(
     unpacked = "".join(
         f'[[plugins."io.containerd.transfer.v1.local".unpack_config]]\nplatform = {json.dumps(platform)}\n'
         f"snapshotter = {json.dumps(name)}\n"
+        + ('differ = "obdlab-diff"\n' if transfers and name != "overlayfs" else "")
         for name in ("overlayfs", *(snapshotters or {}))
     )
     plugin = unpacked

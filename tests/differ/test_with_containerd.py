@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from obdlab.containerd.client import Containerd
+from obdlab.containerd.errors import InvalidArgumentError, NotFoundError
 from obdlab.containerd.gclabels import of_config, of_manifest
 from obdlab.containerd.images import Image
+from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.formats import oci
 from obdlab.image.config import COMMIT_FILE, ImageConfig
-from obdlab.image.open import open_stack
+from obdlab.image.open import open_image, open_stack
+from obdlab.layers.tarwrap import open_tarwrap
+from obdlab.localfile import LocalFile
+from obdlab.snapshotter.writable import LABEL_WRITABLE
 from obdlab.volumes.detect import FileTree
 from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
@@ -25,7 +33,6 @@ from tests.snapshotter.test_with_containerd import LISTING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = [pytest.mark.containerd, pytest.mark.registry]
 __all__ = ["registry_server", "running_registry"]
@@ -53,7 +60,17 @@ def snapshot(host: ObdlabHost, key: str) -> dict:
     return json.loads(host.ctr("snapshots", "--snapshotter", NAME, "info", key))
 
 
-def test_a_plain_image_becomes_block_layers(converting: ObdlabHost, archive: Path) -> None:
+def converted(archive: Path, directory: Path) -> list[str]:
+    """The digests of the layers that a conversion makes, bottom first."""
+    command = [sys.executable, "-m", "obdlab", "image", "convert", "--quiet", f"oci-archive:{archive}"]
+    subprocess.run([*command, f"oci:{directory / 'layout'}:obd", "--no-hash-trees"], check=True)
+    layout = ImageLayout(directory / "layout")
+    (entry,) = layout.select("obd")
+    manifest = oci.Manifest.parse(layout.read_blob(entry, oci.MAX_MANIFEST_SIZE), "converted")
+    return [layer.digest for layer in manifest.layers]
+
+
+def test_a_plain_image_becomes_block_layers(converting: ObdlabHost, archive: Path, tmp_path: Path) -> None:
     host = converting
     for snapshotter in (NAME, "overlayfs"):
         host.ctr("images", "import", "--local", "--snapshotter", snapshotter, str(archive))
@@ -63,8 +80,8 @@ def test_a_plain_image_becomes_block_layers(converting: ObdlabHost, archive: Pat
     assert "/data/old/visible" in ours
     assert ours == theirs
     (device,) = host.snapshotter.devices.list()
-    config = ImageConfig.load(device.config)
-    assert len(config.lowers) == 3
+    placed = [Path(lower.dir) / COMMIT_FILE for lower in ImageConfig.load(device.config).lowers]
+    assert [oci.digest_of(file.read_bytes()) for file in placed] == converted(archive, tmp_path)
     assert not (host.snapshotter.root / "differ").exists() or not list((host.snapshotter.root / "differ").iterdir())
 
 
@@ -93,6 +110,22 @@ def test_plain_layers_on_a_block_image_become_blocks(converting: ObdlabHost, reg
     (device,) = [each for each in host.snapshotter.devices.list() if each.config not in before]
     config = ImageConfig.load(device.config)
     assert [bool(lower.digest) for lower in config.lowers] == [True, True, False]
+
+
+def test_the_transfer_service_uses_the_differ_that_it_is_given(
+    converting: ObdlabHost, registry_server: RegistryServer
+) -> None:
+    host = converting
+    layer = imagefiles.LayerTar()
+    layer.add("busybox", imagefiles.busybox_bytes(), mode=0o755)
+    layer.add("moved", b"by the transfer service")
+    image = push(registry_server, "transferred", [layer.bytes()], [{}])
+    before = {device.config for device in host.snapshotter.devices.list()}
+    host.ctr("images", "pull", "--plain-http", "--snapshotter", NAME, image)
+    run = ("run", "--rm", "--snapshotter", NAME, image, "moved", "/busybox", "cat", "/moved")
+    assert host.ctr(*run) == "by the transfer service"
+    (device,) = [each for each in host.snapshotter.devices.list() if each.config not in before]
+    assert len(ImageConfig.load(device.config).lowers) == 1
 
 
 def test_an_image_that_lists_other_layers_is_refused(converting: ObdlabHost, registry_server: RegistryServer) -> None:
@@ -245,3 +278,128 @@ def test_a_damaged_layer_is_not_placed(plain_host: ObdlabHost, registry_server: 
     with pytest.raises(AssertionError, match="failed to extract layer"):
         pull(plain_host, image)
     assert list((plain_host.snapshotter.root / "snapshots").glob(f"*/fs/{COMMIT_FILE}")) == []
+
+
+def put_layer(host: ObdlabHost, parent: str, layer: bytes, name: str) -> None:
+    """Unpack a layer as a client does that has no target name for it, and commit it."""
+    digest = oci.digest_of(layer)
+    with Containerd(host.containerd.address, "test") as client, client.lease(expire_s=600) as leased:
+        leased.content.write(digest, layer)
+        snapshots = leased.snapshots(NAME)
+        mounts = snapshots.prepare(f"extract-{name}", parent)
+        assert leased.differ.apply(oci.OCI_LAYER, digest, len(layer), mounts) == digest
+        snapshots.commit(name, f"extract-{name}", {"containerd.io/gc.root": "test"})
+
+
+def diff_of(host: ObdlabHost, parent: str, name: str) -> tuple[str, bytes]:
+    """Return media type and bytes of what a client gets that asks for a committed snapshot's difference."""
+    with Containerd(host.containerd.address, "test") as client, client.lease(expire_s=600) as leased:
+        snapshots = leased.snapshots(NAME)
+        left, right = snapshots.view("left", parent), snapshots.view("right", name)
+        try:
+            made = leased.differ.diff(left, right)
+        finally:
+            snapshots.remove("left")
+            snapshots.remove("right")
+        return made.media_type, b"".join(leased.content.stream(made.digest, made.size))
+
+
+@pytest.mark.kernel
+def test_committed_layers_are_given_back(plain_host: ObdlabHost, tmp_path: Path) -> None:
+    host = plain_host
+    layers, _ = imagefiles.golden_layers()
+    put_layer(host, "", layers[0], "bottom")
+    put_layer(host, "bottom", layers[1], "top")
+    # A blob that was placed is the answer as it is.
+    assert diff_of(host, "bottom", "top") == (oci.OCI_LAYER, layers[1])
+    assert diff_of(host, "", "bottom") == (oci.OCI_LAYER, layers[0])
+    # A blob that another differ unpacked has lost its tar, and gets one.
+    there = (host.snapshotter.root / "snapshots").glob(f"*/fs/{COMMIT_FILE}")
+    (placed,) = [file for file in there if file.read_bytes() == layers[1]]
+    with open_tarwrap(LocalFile(placed)) as content:
+        bare = content.read_at(0, content.size)
+    placed.write_bytes(bare)
+    kind, again = diff_of(host, "bottom", "top")
+    assert kind == oci.OCI_LAYER
+    (tmp_path / "again").write_bytes(again)
+    with open_tarwrap(LocalFile(tmp_path / "again")) as content:
+        assert content.read_at(0, content.size) == bare
+    # A sealed layer is packed.
+    with Containerd(host.containerd.address, "test") as client:
+        snapshots = client.snapshots(NAME)
+        root = {"containerd.io/gc.root": "test"}
+        (mount,) = snapshots.prepare("writer", "top", {LABEL_WRITABLE: "dir"} | root)
+        (Path(mount.source) / "written").write_text("by hand")
+        snapshots.commit("sealed", "writer", root)
+    _, packed = diff_of(host, "top", "sealed")
+    assert read(files_of(packed, layers[:2], tmp_path), b"/written") == b"by hand"
+
+
+@pytest.mark.kernel
+def test_other_sides_are_left_to_containerd(plain_host: ObdlabHost) -> None:
+    host = plain_host
+    layers, _ = imagefiles.golden_layers()
+    put_layer(host, "", layers[0], "bottom")
+    put_layer(host, "bottom", layers[1], "top")
+    # Not its parent; and a container that writes to an overlay: ordinary tars.
+    assert diff_of(host, "", "top")[0] == oci.OCI_LAYER_GZIP
+    with Containerd(host.containerd.address, "test") as client, client.lease(expire_s=600) as leased:
+        snapshots = leased.snapshots(NAME)
+        left, right = snapshots.view("left", "top"), snapshots.prepare("container", "top")
+        assert leased.differ.diff(left, right).media_type == oci.OCI_LAYER_GZIP
+
+
+def test_files_are_not_put_into_containers(converting: ObdlabHost) -> None:
+    # As when a container is restored from a checkpoint: its changes are applied to its own snapshot.
+    host = converting
+    layer = imagefiles.LayerTar()
+    layer.add("restored", b"data")
+    data = layer.bytes()
+    with Containerd(host.containerd.address, "test") as client, client.lease(expire_s=600) as leased:
+        leased.content.write(oci.digest_of(data), data)
+        (mount,) = leased.snapshots(NAME).prepare("a-container", "")
+        digest = leased.differ.apply(oci.OCI_LAYER, oci.digest_of(data), len(data), [mount])
+        assert digest == oci.digest_of(data)
+        assert sorted(path.name for path in Path(mount.source).iterdir()) == ["restored"]
+        leased.snapshots(NAME).remove("a-container")
+
+
+def test_wrong_descriptors_are_refused(plain_host: ObdlabHost) -> None:
+    host = plain_host
+    layers, _ = imagefiles.golden_layers()
+    with Containerd(host.containerd.address, "test") as client, client.lease(expire_s=600) as leased:
+        leased.content.write(oci.digest_of(layers[0]), layers[0])
+        mounts = leased.snapshots(NAME).prepare("extract-one", "")
+        with pytest.raises(InvalidArgumentError, match="not of 7 bytes"):
+            leased.differ.apply(oci.OCI_LAYER, oci.digest_of(layers[0]), 7, mounts)
+        with pytest.raises(NotFoundError):
+            leased.differ.apply(oci.OCI_LAYER, oci.digest_of(b"other"), 5, mounts)
+        with pytest.raises(InvalidArgumentError, match="not a digest"):
+            leased.differ.apply(oci.OCI_LAYER, "sha256:../../etc", 5, mounts)
+    assert list((host.snapshotter.root / "snapshots").glob(f"*/fs/{COMMIT_FILE}")) == []
+
+
+@pytest.mark.kernel
+def test_a_service_killed_while_it_copied_thaws_at_its_next_start(
+    plain_host: ObdlabHost, registry_server: RegistryServer
+) -> None:
+    host, image = plain_host, push_golden(registry_server, "frozen")
+    start(host, image, "one", "dir")
+    (device,) = [each for each in host.snapshotter.devices.list() if not each.read_only]
+    host.snapshotter.stop(signal.SIGKILL)
+    subprocess.run(["fsfreeze", "--freeze", device.config.parent / "mountpoint"], check=True)
+    host.start_snapshotter()
+    execute(host, "one", "echo on > /written")
+    assert execute(host, "one", "/busybox cat /written") == "on\n"
+
+
+def test_layers_of_erofs(tmp_path: Path, archive: Path) -> None:
+    capabilities.require("containerd")
+    with containerd_with_obdlab(tmp_path / "host", differ={"convertLayers": "erofs"}) as host:
+        host.ctr("images", "import", "--local", "--snapshotter", NAME, str(archive))
+        run = ("run", "--rm", "--snapshotter", NAME, PLAIN, "one", "/bin/cat", "/data/old/visible", "/proc/mounts")
+        printed = host.ctr(*run)
+        assert printed.startswith("new")
+        (device,) = host.snapshotter.devices.list()
+        assert FileTree(open_image(device.config, traces=False)).kind == "erofs"
+        assert len(ImageConfig.load(device.config).lowers) == 3
