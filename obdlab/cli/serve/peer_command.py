@@ -60,9 +60,15 @@ def declare(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--topology",
-        choices=("rendezvous", "none"),
+        choices=("rendezvous", "rooted", "redirect", "balanced", "none"),
         default="rendezvous",
         help="the tree in which blocks are passed on (default: %(default)s; none: read from the registry alone)",
+    )
+    parser.add_argument(
+        "--manager",
+        default="",
+        metavar="ID",
+        help="the agent that keeps the trees of the topologies rooted, redirect and balanced",
     )
     parser.add_argument(
         "--arity", type=whole(1, 64), default=2, metavar="N", help="most children in a tree (default: %(default)s)"
@@ -104,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
         members=args.members,
         key_path=args.key,
         topology=args.topology,
+        manager=args.manager,
         arity=args.arity,
         unchecked=args.unchecked,
         upload_limit=args.upload_limit,

@@ -20,9 +20,10 @@ from obdlab.image.treenodes import KeptNodes, TreeNodes
 from obdlab.peers.agent.asked import Asked, RefusedError, Rules
 from obdlab.peers.agent.fetcher import Fetcher, Wanted
 from obdlab.peers.agent.rights import Rights
-from obdlab.peers.agent.route import RENDEZVOUS, Router
+from obdlab.peers.agent.route import Router
 from obdlab.peers.agent.sharedblob import Recent, SharedBlob, SharedFile
 from obdlab.peers.agent.tallies import Tallies
+from obdlab.peers.agent.trees import MANAGED, ComputedTrees, ManagedTrees, Manager
 from obdlab.peers.agent.watch import LONGEST_SILENCE_S, Watch
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.remoteblob import RemoteBlob
@@ -30,6 +31,7 @@ from obdlab.registry.transport import Transport
 
 if TYPE_CHECKING:
     from obdlab.peers.agent.members import Members
+    from obdlab.peers.agent.trees import Trees
     from obdlab.registry.reference import Repository
     from obdlab.settings.settings import Settings
 
@@ -40,6 +42,9 @@ logger = logging.getLogger(__name__)
 MOST_WHOLE = 4 << 20
 #: A transfer ends within this time; so does a reader's wait for its bytes.
 DEADLINE_S = 30.0
+
+#: Ways in which agents find the agents to ask.
+TOPOLOGIES = NONE, RENDEZVOUS, *_ = "none", "rendezvous", *MANAGED
 
 _MOST_OPEN = 512
 _IDLE_S = 600.0
@@ -55,7 +60,8 @@ class Options:
         own_id: its id, the same on all hosts.
         rules: the requests that it accepts.
         key: the key that all agents share; b"": none, then only public blobs go from agent to agent.
-        topology: one of :data:`obdlab.peers.agent.route.TOPOLOGIES`.
+        topology: one of TOPOLOGIES.
+        manager: the id of the agent that keeps the trees, for those that need one.
         arity: most children of an agent in a tree.
         unchecked: True if blobs without a hash tree may come from other agents, though nothing checks them.
         memory: bytes of the latest transfers that are kept in memory.
@@ -65,6 +71,7 @@ class Options:
     rules: Rules
     key: bytes = b""
     topology: str = RENDEZVOUS
+    manager: str = ""
     arity: int = 2
     unchecked: bool = False
     memory: int = 64 << 20
@@ -91,7 +98,8 @@ class Agent:
         self._rights = Rights(anonymous, own, Transport(silence_s=10.0, user_agent=settings.user_agent))
         self._transport = Transport(silence_s=2 * LONGEST_SILENCE_S, user_agent=settings.user_agent)
         self._closing = [own.close, anonymous.close, self._transport.close]
-        self.router = Router(options.own_id, members, options.topology, options.arity)
+        self.manager: Manager | None = None
+        self.router = Router(members, self._trees(options, members))
         self._watch = Watch()
         self._fetcher = Fetcher(
             options.own_id,
@@ -115,7 +123,22 @@ class Agent:
             "members": ("Agents in the list, this one included", lambda: len(members.known)),
             "open_blobs": ("Blobs whose files are open", lambda: len(self._open)),
             "re_parented": ("Chunks of blobs that got another parent, so far", lambda: self.router.re_parented),
+            "left": (
+                "Agents that were taken out of trees that this one keeps",
+                lambda: getattr(self.manager, "left", 0),
+            ),
+            "moved": ("Agents that got another parent by that", lambda: getattr(self.manager, "moved", 0)),
         }
+
+    def _trees(self, options: Options, members: Members) -> Trees | None:
+        if options.topology == NONE:
+            return None
+        if options.topology == RENDEZVOUS:
+            return ComputedTrees(options.own_id, members, options.arity)
+        if options.manager == options.own_id:
+            self.manager = Manager(options.own_id, members, options.topology, options.arity)
+            return self.manager
+        return ManagedTrees(options.own_id, options.manager, members, options.key, self._transport)
 
     def open(self, asked: Asked, *, local: bool, trusted: bool, authorization: str) -> SharedBlob:
         """Return a blob for a caller, held; the caller releases it.
@@ -137,6 +160,10 @@ class Agent:
         if not allowed:
             raise RefusedError(HTTPStatus.FORBIDDEN, "the blob is not public")
         return self._shared(asked, known.size, may_ask=known.public or bool(self.options.key))
+
+    def is_member(self, id_: str) -> bool:
+        """Return True if the agent is in the list."""
+        return id_ in self._members.known
 
     def close(self) -> None:
         """End all transfers and threads."""

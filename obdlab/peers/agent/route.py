@@ -7,15 +7,12 @@ import time
 from collections import OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from obdlab.peers.topology import Group, Rendezvous
+from obdlab.peers.topology import Group
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from obdlab.peers.agent.members import Member, Members
+    from obdlab.peers.agent.trees import Trees
 
-#: Topologies that each agent computes by itself, from the list of agents.
-TOPOLOGIES = NONE, RENDEZVOUS = "none", "rendezvous"
 #: Bytes of a blob with one tree.
 CHUNK = 256 << 20
 
@@ -37,15 +34,11 @@ class Route(NamedTuple):
 class Router:
     """Chooses agents. Thread-safe."""
 
-    def __init__(self, own_id: str, members: Members, topology: str = RENDEZVOUS, arity: int = 2) -> None:
-        if topology not in TOPOLOGIES:
-            raise ValueError(f"topology: wanted one of {', '.join(TOPOLOGIES)} (got {topology!r})")
-        self._own_id, self._members, self._topology, self._arity = own_id, members, topology, arity
+    def __init__(self, members: Members, trees: Trees | None) -> None:
+        """Without ``trees`` no agent is ever asked."""
+        self._members, self._trees = members, trees
         self._lock = threading.Lock()
-        self._known: Mapping[str, Member] = {}
-        self._trees = Rendezvous(arity)
-        self._ancestors: OrderedDict[Group, tuple[str, ...]] = OrderedDict()
-        self._parents: dict[Group, str | None] = {}
+        self._parents: OrderedDict[Group, str | None] = OrderedDict()
         self._paused: dict[str, float] = {}
         self._silences: dict[str, int] = {}
         self._banned: OrderedDict[tuple[str, str], float] = OrderedDict()
@@ -54,21 +47,27 @@ class Router:
 
     def route(self, identity: str, offset: int) -> Route:
         """Return at most two agents above this one that are well, for a blob's bytes from ``offset`` on."""
-        if self._topology == NONE:
+        if self._trees is None:
             return Route((), 0)
         now = time.monotonic()
         group = Group(identity, offset // CHUNK)
         with self._lock:
-            above = self._above(group, now)
+            failing = [each for each, until in self._paused.items() if until > now]
+        above = self._trees.above(group, failing)
+        known = self._members.known
+        with self._lock:
             usable = [
-                self._known[each]
+                known[each]
                 for each in above
-                if self._paused.get(each, 0.0) <= now and self._banned.get((each, identity), 0.0) <= now
+                if each in known
+                and self._paused.get(each, 0.0) <= now
+                and self._banned.get((each, identity), 0.0) <= now
             ]
             parent = usable[0].id if usable else None
-            before = self._parents.get(group, parent)
-            self.re_parented += before != parent
+            self.re_parented += self._parents.get(group, parent) != parent
             self._parents[group] = parent
+            if len(self._parents) > _MOST_GROUPS:
+                self._parents.popitem(last=False)
         return Route(tuple(usable[:_MOST_ASKED]), len(above))
 
     def failed(self, member: str) -> bool:
@@ -77,6 +76,8 @@ class Router:
         with self._lock:
             was_well = self._paused.get(member, 0.0) <= now
             self._paused[member] = now + _PAUSE_S
+            if len(self._paused) > _MOST_BANNED:
+                self._paused = {each: until for each, until in self._paused.items() if until > now}
         return was_well
 
     def silent(self, member: str) -> bool:
@@ -98,21 +99,3 @@ class Router:
             self._banned[member, identity] = time.monotonic() + _BANNED_S
             if len(self._banned) > _MOST_BANNED:
                 self._banned.popitem(last=False)
-
-    # Needs the lock.
-    def _above(self, group: Group, now: float) -> tuple[str, ...]:
-        if self._known is not self._members.known or len(self._ancestors) > _MOST_GROUPS:
-            self._known, self._trees = self._members.known, Rendezvous(self._arity)
-            self._ancestors.clear()
-            self._parents.clear()
-            self._paused = {each: until for each, until in self._paused.items() if until > now}
-        above = self._ancestors.get(group)
-        if above is None:
-            self._trees.admit(group, self._known)
-            parents, found = self._trees.parents(group, now), []
-            at = parents[self._own_id]
-            while at is not None:
-                found.append(at)
-                at = parents[at]
-            above = self._ancestors[group] = tuple(found)
-        return above

@@ -14,12 +14,17 @@ import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
 
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.formats.oci import is_digest
 from obdlab.observe.printable import printable
 from obdlab.peers.agent.agent import DEADLINE_S
 from obdlab.peers.agent.asked import HOPS_HEADER, RefusedError, parse_range
 from obdlab.peers.agent.signature import is_signed
+from obdlab.peers.agent.trees import TREE_PATH, Place
 from obdlab.peers.agent.watch import ALIVE_PATH
 from obdlab.registry.errors import RegistryError
 from obdlab.server.deadlinereader import DeadlineReader
@@ -131,6 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == ALIVE_PATH:
             self._answer(HTTPStatus.NO_CONTENT)
             return
+        if urlsplit(self.path).path == TREE_PATH:
+            self._place()
+            return
         if self.path in ("/metrics", "/healthz") and self._is_local:
             self._show()
             return
@@ -149,6 +157,22 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_GATEWAY, str(error))
 
     do_HEAD = do_GET  # noqa: N815 - the base class's name
+
+    def _place(self) -> None:
+        agent = self.server.agent
+        given = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        identity, member, lost = (given.get(name, "") for name in ("identity", "member", "lost"))
+        key, own_id = agent.options.key, agent.options.own_id
+        if agent.manager is None:
+            self._refuse(HTTPStatus.NOT_FOUND, "this agent keeps no trees")
+        elif key and not is_signed(key, own_id, self.path, self.headers, time.time()):  # type: ignore[arg-type]
+            self._refuse(HTTPStatus.FORBIDDEN, "not signed with the key of these agents")
+        elif not is_digest(identity) or not agent.is_member(member):
+            self._refuse(HTTPStatus.BAD_REQUEST, "wanted a digest and a member of the list")
+        else:
+            data = msgspec.json.encode(Place(list(agent.manager.place(identity, member, lost))))
+            self._answer(HTTPStatus.OK, {"Content-Type": "application/json", "Content-Length": str(len(data))})
+            self.wfile.write(data)
 
     @property
     def _is_local(self) -> bool:

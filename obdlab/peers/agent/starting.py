@@ -12,6 +12,7 @@ from obdlab.peers.agent.asked import Rules, is_id
 from obdlab.peers.agent.members import Members
 from obdlab.peers.agent.server import PeerServer
 from obdlab.peers.agent.signature import LEAST_KEY
+from obdlab.peers.agent.trees import MANAGED
 from obdlab.registry.reference import canonical_host, is_metadata
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def start(
     members: str,
     key_path: Path | None,
     topology: str,
+    manager: str,
     arity: int,
     unchecked: bool,
     upload_limit: float,
@@ -82,13 +84,15 @@ def start(
         raise PeerOptionsError(f"id: wanted a name without spaces, commas and slashes (got {own_id[:100]!r})")
     if members and not own_id and listen[0] in ("", "0.0.0.0", "::"):
         raise PeerOptionsError(f"id: needed with --listen {listen[0]}, as the list of agents has another address")
+    if (topology in MANAGED) != bool(manager):
+        raise PeerOptionsError(f"manager: needed for the topologies {', '.join(MANAGED)}, and for no others")
     key = b"" if key_path is None else read_key(key_path)
     rules = Rules(prefix, frozenset(map(canonical_host, registries)), frozenset(plain_http))
     # The socket comes first: with port 0 its port is part of the id.
     server = PeerServer(listen, upload_limit)
     try:
         own_id = own_id or _address(server)
-        options = Options(own_id, rules, key, topology, arity, unchecked)
+        options = Options(own_id, rules, key, topology, manager, arity, unchecked)
         known = Members(members, own_id)
         server.agent = Agent(settings, options, known)
     except BaseException:

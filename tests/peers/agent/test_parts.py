@@ -18,6 +18,7 @@ from obdlab.peers.agent.route import Router
 from obdlab.peers.agent.signature import SIGNATURE_HEADER, VALID_S, is_signed, sign
 from obdlab.peers.agent.starting import PeerOptionsError, read_key
 from obdlab.peers.agent.transfer import Transfer
+from obdlab.peers.agent.trees import MANAGED, ComputedTrees, Manager
 from obdlab.registry.p2p import BLOB_HEADER, TREE_HEADER
 from obdlab.registry.reference import Repository
 
@@ -159,12 +160,9 @@ def test_lists_of_agents(tmp_path: Path) -> None:
 def test_routes_go_past_agents_that_failed_or_lied() -> None:
     ids = [f"a{number}" for number in range(40)]
     members = Members("static:" + ",".join(f"{id_}@h:1" for id_ in ids), ids[0])
-    digest = next(
-        f"sha256:{number:064x}"
-        for number in range(1000)
-        if Router(ids[0], members).route(f"sha256:{number:064x}", 0).depth >= 4
-    )
-    router = Router(ids[0], members)
+    router = Router(members, ComputedTrees(ids[0], members, 2))
+    digests = (f"sha256:{number:064x}" for number in range(1000))
+    digest = next(digest for digest in digests if router.route(digest, 0).depth >= 4)
     parent, other = router.route(digest, 0).members
     assert router.failed(parent.id)
     assert not router.failed(parent.id), "it was not well any more"
@@ -172,11 +170,11 @@ def test_routes_go_past_agents_that_failed_or_lied() -> None:
     router.ban(other.id, digest)
     assert not {parent, other} & set(router.route(digest, 0).members)
     assert router.re_parented == 2
-    assert Router(ids[0], members, "none").route(digest, 0).members == ()
+    assert Router(members, None).route(digest, 0).members == ()
 
 
 def test_one_silence_is_forgiven() -> None:
-    router = Router("me", Members("static:a@h:1", "me"))
+    router = Router(Members("static:a@h:1", "me"), None)
     assert not router.silent("a")
     router.worked("a")
     assert not router.silent("a")
@@ -218,3 +216,27 @@ def test_readers_of_a_failed_transfer_get_what_came_and_then_the_error() -> None
         transfer.after(3, time.monotonic())
     with pytest.raises(TimeoutError):
         Transfer(0, 10).after(0, time.monotonic() + 0.01)
+
+
+@pytest.mark.parametrize("topology", MANAGED)
+def test_a_manager_gives_places_and_takes_out_only_agents_that_are_gone(topology: str) -> None:
+    ids = [f"a{number}" for number in range(12)]
+    members = Members("static:" + ",".join(f"{id_}@{id_}:1" for id_ in ids), "a0")
+    dead: set[str] = set()
+    manager = Manager("a0", members, topology, 2, alive=lambda address: address not in dead)
+    digest = f"sha256:{HEX}"
+    places = {id_: manager.place(digest, id_, "") for id_ in ids[1:]}
+    assert all(id_ not in above for id_, above in places.items())
+    children = [above[0] for above in places.values() if above]
+    assert max(map(children.count, children)) == 2
+    deepest = max(places, key=lambda id_: len(places[id_]))
+    parent = places[deepest][0]
+    assert manager.place(digest, deepest, parent)[0] == parent, "a child alone put its parent out"
+    dead.add(f"{parent}:1")
+    assert parent not in manager.place(digest, deepest, parent)
+    assert manager.left == 1
+    # The manager is never put out, and a stranger cannot be.
+    dead.add("a0:1")
+    manager.place(digest, deepest, "a0")
+    manager.place(digest, deepest, "stranger")
+    assert manager.left == 1

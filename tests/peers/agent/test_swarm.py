@@ -348,3 +348,39 @@ def test_devices_share_the_cache_with_their_agents(registry: FaultyRegistry, tmp
         ranges = [request.range.removeprefix("bytes=").split("-") for request in direct if request.range]
         came = sum(int(end) + 1 - int(begin) for begin, end in ranges)
         assert came <= 1.2 * SIZE, [request.range for request in direct]
+
+
+@pytest.mark.parametrize("topology", ["rooted", "redirect", "balanced"])
+def test_trees_that_a_manager_keeps(topology: str, registry: FaultyRegistry, tmp_path: Path) -> None:
+    image = make_image(registry, SIZE)
+    with running_swarm(registry, tmp_path, 5, "--topology", topology, "--manager", "a0") as swarm:
+        for id_ in swarm.addresses:
+            assert swarm.read(id_, image, 0, 1).data == image.data[:1]
+        reads = all_at_once(swarm, list(swarm.addresses), image, 0, SIZE // 2)
+        check(swarm, image, reads, 0, SIZE // 2)
+        assert origin_bytes(swarm) <= 1.05 * (SIZE // 2 + len(image.tree.file)) + 65536
+        # Without their manager, agents go on in the trees that they know; then also without one of these agents.
+        swarm.kill("a0")
+        others = [id_ for id_ in swarm.addresses if id_ != "a0"]
+        reads = all_at_once(swarm, others, image, SIZE // 2, SIZE - 400_000)
+        check(swarm, image, reads, SIZE // 2, SIZE - 400_000)
+        swarm.signal("a1", signal.SIGSTOP)
+        reads = all_at_once(swarm, others[1:], image, SIZE - 400_000, SIZE)
+        check(swarm, image, reads, SIZE - 400_000, SIZE)
+        print(f"{topology}: longest pause {max(read.longest_pause_s for read in reads.values()):.2f} s")
+        assert max(read.longest_pause_s for read in reads.values()) <= PAUSE_S
+
+
+def test_an_agent_that_died_leaves_the_managers_tree(registry: FaultyRegistry, tmp_path: Path) -> None:
+    image = make_image(registry, SIZE)
+    with running_swarm(registry, tmp_path, 5, "--topology", "balanced", "--manager", "a0") as swarm:
+        for id_ in swarm.addresses:  # in this order: a1 and a2 below a0, a3 and a4 below a1
+            assert swarm.read(id_, image, 0, 1).data == image.data[:1]
+        swarm.kill("a1")
+        for begin in (100_000, 200_000):
+            check(swarm, image, {"a3": swarm.read("a3", image, begin, begin + 50_000)}, begin, begin + 50_000)
+        assert swarm.metric("a0", "left") == 1
+        assert 1 <= swarm.metric("a0", "moved") <= 2
+        before = swarm.metric("a3", 'received_bytes_total{source="peer"}')
+        check(swarm, image, {"a3": swarm.read("a3", image, 500_000, 600_000)}, 500_000, 600_000)
+        assert swarm.metric("a3", 'received_bytes_total{source="peer"}') > before
