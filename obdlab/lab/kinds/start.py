@@ -70,6 +70,7 @@ class Start(Kind):
         Metric("requests", ""),
         Metric("cpu_s", "s"),
         Metric("pss_bytes", "bytes"),
+        Metric("disk_bytes", "bytes"),
     )
     programs: ClassVar[Mapping[str, str]] = {}
     arm_axis: ClassVar[str] = "arm"

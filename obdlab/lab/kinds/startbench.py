@@ -229,6 +229,7 @@ class StartBench(Bench):
         with adapter.running(self._containerd, self._reference(cell), name, self._probe(image)) as container:
             costs = self._costs(container, began)
             link = self._network.counters().since(began.link)
+            costs["disk_bytes"] = self._containerd.disk_bytes()
             phases = container.times.phases_s()
             if adapter.background:
                 costs["background_ended"] = self._wait_for_background(adapter)

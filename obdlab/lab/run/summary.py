@@ -44,6 +44,7 @@ HEADER = (
     "waits",
     "CPU s",
     "PSS MB",
+    "disk MB",
     "δ",
 )
 
@@ -77,6 +78,8 @@ class Summary:
     cpu_s: float = 0.0
     #: Memory of containerd, snapshotter and device servers.
     pss_bytes: float = 0.0
+    #: Bytes on disk of containerd, the snapshotters and the block cache.
+    disk_bytes: float = 0.0
     #: Shift above the baseline (Hodges-Lehmann), then Cliff's delta; None for the baseline.
     shift_s: Estimate | None = None
     delta: float | None = None
@@ -362,6 +365,7 @@ def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None
         round_trip_waits=_median(rows, "round_trip_waits"),
         cpu_s=_median(rows, "cpu_s"),
         pss_bytes=_median(rows, "pss_bytes"),
+        disk_bytes=_median(rows, "disk_bytes"),
     )
 
 
@@ -385,6 +389,7 @@ def _cells(summary: Summary) -> tuple[str, ...]:
         f"{summary.round_trip_waits:.0f}",
         f"{summary.cpu_s:.2f}",
         f"{summary.pss_bytes / 1e6:.0f}",
+        f"{summary.disk_bytes / 1e6:.0f}" if summary.disk_bytes else "",
         "" if summary.delta is None else f"{summary.delta:+.2f}",
     )
 
@@ -406,6 +411,7 @@ _MEANINGS = {
     "MB, requests": "what the registry was asked for until ready, by its own count",
     "waits": "round trips that followed one another",
     "CPU s, PSS MB": "processor time until ready, and memory then, of containerd, snapshotter and device servers",
+    "disk MB": "on disk when ready: content store, snapshots, block cache",
     "δ": "Cliff's delta: -1 if every start was faster than every one of the first arm's, 1 if slower",
     "cold, warm, dropped": "nothing of the image on this host; started again; pulled, with the page cache empty",
 }

@@ -29,6 +29,7 @@ from obdlab.lab.testbed.events import EventMonitor
 from obdlab.lab.testbed.ownership import DEFAULT_STATE_DIR, Record
 from obdlab.lab.testbed.probe import wait_for_line
 from obdlab.lab.testbed.process import Daemon, LabError, run, wait_until
+from obdlab.lab.testbed.residency import occupied_below
 from obdlab.lab.testbed.startedcontainer import RunningContainer, StartTimes, remove_container
 from obdlab.lab.testbed.takedown import remove_runtime_state, unmount_below
 from obdlab.server.client import DeviceService
@@ -138,6 +139,10 @@ class OwnContainerd(Closing):
         snapshots = self.root / "io.containerd.snapshotter.v1.overlayfs" / "snapshots"
         always = {LAZY_SNAPSHOTTER: self.cache_dir} if self._always_lazy else {}
         return {"overlayfs": snapshots, **always, **self._served}
+
+    def disk_bytes(self) -> int:
+        """Return the bytes on disk of containerd, the snapshotters and the block cache."""
+        return occupied_below([*self._roots, self.cache_dir])
 
     @property
     def _roots(self) -> list[Path]:

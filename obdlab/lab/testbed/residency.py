@@ -59,6 +59,19 @@ def resident_below(directories: Iterable[Path]) -> tuple[int, int]:
     return resident, total
 
 
+def occupied_below(directories: Iterable[Path]) -> int:
+    """Return the bytes on disk of the files below directories, without file systems mounted there."""
+    occupied = 0
+    for directory in directories:
+        device = _device(directory)
+        for parent, below, names in os.walk(directory):
+            below[:] = [name for name in below if _device(Path(parent, name)) == device]
+            for name in names:
+                with suppress(FileNotFoundError):
+                    occupied += 512 * Path(parent, name).lstat().st_blocks
+    return occupied
+
+
 def _device(path: Path) -> int:
     try:
         return path.lstat().st_dev

@@ -61,6 +61,8 @@ def test_a_cold_and_a_warm_start_of_every_arm(tmp_path: Path, paths: LabPaths) -
     for row in rows:
         assert 0 < row["cpu_s"] < 60
         assert row["pss_bytes"] > row["container_pss_bytes"] > 0
+        # The full pull has the layers twice, as they came and unpacked.
+        assert plain["disk_bytes"] > 2 * plain["bytes_received"] > 2 * lazy["disk_bytes"] > 0
         assert (row["round_trip_waits"] > 0) == (row["start"] == "cold")
         assert row["round_trip_waits"] <= row["requests"]
         assert row["host"]

@@ -39,6 +39,7 @@ def _starts(arm: str, totals: list[float], start: str = "cold", **more: Any) -> 
             "total_s": total_s,
             "cpu_s": 0.25,
             "pss_bytes": 3e6,
+            "disk_bytes": 5e6,
             "round_trip_waits": 2,
             **traffic,
             **more,
@@ -74,11 +75,11 @@ def test_all_columns_for_a_data_frame() -> None:
     assert tuple(base) == tuple(ours) == HEADER
     assert list(base.values())[4:] == [
         *("4.00 (4.00 to 4.00) n=3", "", "2.00", "0.07", "0.03", "1.90"),
-        *("1.4", "7", "2", "0.25", "3", ""),
+        *("1.4", "7", "2", "0.25", "3", "5", ""),
     ]
     assert list(ours.values()) == [
         *("redis", "100 Mbit/s, 5 ms", "cold", "obdlab", "1.00 (1.00 to 1.00) n=3", "0.25 [0.25, 0.25]"),
-        *("0.50", "0.07", "0.03", "0.40", "0.2", "4", "2", "0.25", "3", "-1.00"),
+        *("0.50", "0.07", "0.03", "0.40", "0.2", "4", "2", "0.25", "3", "5", "-1.00"),
     ]
     assert {name for each in legend_records() for name in each["column"].split(", ")} >= {"MB", "waits", "δ", "cold"}
 
@@ -87,7 +88,7 @@ def test_a_summary_without_more_has_zeros() -> None:
     least = Summary(
         "redis", 100.0, 5.0, "native", "cold", "x", Estimate(1.0, 1.0, 1.0, 1), None, (0.0,) * 4, 0.0, 0.0
     )
-    assert (least.round_trip_waits, least.cpu_s, least.pss_bytes) == (0.0, 0.0, 0.0)
+    assert (least.round_trip_waits, least.cpu_s, least.pss_bytes, least.disk_bytes) == (0.0, 0.0, 0.0, 0.0)
     assert (least.shift_s, least.delta) == (None, None)
 
 
