@@ -161,6 +161,12 @@ class Agent:
             raise RefusedError(HTTPStatus.FORBIDDEN, "the blob is not public")
         return self._shared(asked, known.size, may_ask=known.public or bool(self.options.key))
 
+    def waits_for(self, digest: str, offset: int) -> bool:
+        """Return True if a blob's bytes at ``offset`` are on their way to this agent."""
+        with self._lock:
+            blobs = [blob for blob in self._open.values() if blob.wanted.asked.digest == digest]
+        return any(blob.waits_for(offset) for blob in blobs)
+
     def is_member(self, id_: str) -> bool:
         """Return True if the agent is in the list."""
         return id_ in self._members.known

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 # for a stopped agent, the one right below it acts first, and those below that one go on as soon as it has bytes.
 _PATIENCE_S = 0.4
 _PATIENCE_PER_LEVEL_S = 0.12
-_MOST_PATIENCE_S = 1.0
+_MOST_PATIENCE_S = 0.8
 _STREAM_SILENCE_S = 5.0
 
 
@@ -118,7 +118,7 @@ class Fetcher:
             headers[TREE_HEADER] = str(asked.tree)
         if self._key:
             headers[SIGNATURE_HEADER] = sign(self._key, member.id, target, headers, time.time())
-        with Attempt(self._watch, member, patience_s) as attempt:
+        with Attempt(self._watch, member, asked.digest, begin, patience_s) as attempt:
             terms = partial(self._terms, attempt)
             try:
                 answer = self._transport.send(
@@ -129,6 +129,7 @@ class Fetcher:
                 with RangeStream(answer, name=wanted.name, offset=begin, length=length, size=wanted.size) as stream:
                     while stream.position < stream.end:
                         piece = stream.read(min(UNIT, stream.end - stream.position), terms())
+                        attempt.offset = stream.position
                         attempt.progress(len(piece))
                         self._tallies.add("received_bytes", len(piece), "peer")
                         sink.add(piece)
@@ -152,7 +153,7 @@ class Fetcher:
         if error.status is not None:
             logger.info("%s", error)
             return
-        silent = error.timed_out and not attempt.why
+        silent = attempt.why == "silent" or (error.timed_out and not attempt.why)
         if self._router.silent(member.id) if silent else self._router.failed(member.id):
             why = attempt.why or error
             logger.warning("agent %s (%s): not asked for a while: %s", member.id, member.address, why)

@@ -19,13 +19,14 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.formats.decimal import decimal
 from obdlab.formats.oci import is_digest
 from obdlab.observe.printable import printable
 from obdlab.peers.agent.agent import DEADLINE_S
 from obdlab.peers.agent.asked import HOPS_HEADER, RefusedError, parse_range
 from obdlab.peers.agent.signature import is_signed
 from obdlab.peers.agent.trees import TREE_PATH, Place
-from obdlab.peers.agent.watch import ALIVE_PATH
+from obdlab.peers.agent.watch import ALIVE_PATH, WAITS_HEADER
 from obdlab.registry.errors import RegistryError
 from obdlab.server.deadlinereader import DeadlineReader
 
@@ -133,10 +134,11 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "a body is not wanted")
             return
-        if self.path == ALIVE_PATH:
-            self._answer(HTTPStatus.NO_CONTENT)
+        path = urlsplit(self.path).path
+        if path == ALIVE_PATH:
+            self._live()
             return
-        if urlsplit(self.path).path == TREE_PATH:
+        if path == TREE_PATH:
             self._place()
             return
         if self.path in ("/metrics", "/healthz") and self._is_local:
@@ -158,9 +160,18 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET  # noqa: N815 - the base class's name
 
+    def _live(self) -> None:
+        digest, offset = (self._given().get(name, "") for name in ("digest", "offset"))
+        at = decimal(offset)
+        waits = is_digest(digest) and at is not None and self.server.agent.waits_for(digest, at)
+        self._answer(HTTPStatus.NO_CONTENT, {WAITS_HEADER: "yes"} if waits else {})
+
+    def _given(self) -> dict[str, str]:
+        return {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+
     def _place(self) -> None:
         agent = self.server.agent
-        given = {name: values[0] for name, values in parse_qs(urlsplit(self.path).query).items()}
+        given = self._given()
         identity, member, lost = (given.get(name, "") for name in ("identity", "member", "lost"))
         key, own_id = agent.options.key, agent.options.own_id
         if agent.manager is None:

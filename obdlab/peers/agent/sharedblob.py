@@ -154,6 +154,11 @@ class SharedBlob:
                 yield piece, "transfer"
                 offset += len(piece)
 
+    def waits_for(self, offset: int) -> bool:
+        """Return True if the bytes at ``offset`` are on their way."""
+        transfer = self._transfers.get(offset // self._unit)
+        return transfer is not None and not transfer.over
+
     def drop(self, begin: int, end: int) -> None:
         """Forget units that a reader found wrong."""
         first, stop = begin // self._unit, -(-end // self._unit)

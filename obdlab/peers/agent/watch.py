@@ -1,7 +1,8 @@
 """Requests to other agents under observation: those of a dead, silent or slow agent are broken off in time.
 
 An agent that is silent may be dead, or wait for another one above it. After a moment of silence it is asked whether
-it is alive: a dead or stopped one costs less than a second, and one that waits for a slow registry gets more time.
+it is alive, and whether the bytes are on their way to it. A dead or stopped one costs about a second; one that waits
+for a slow registry or a busy link gets more time, as all that wait below it would otherwise ask the registry too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import http.client
 import logging
 import threading
 import time
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Self
 
 from obdlab.registry.tries import SocketCancellation
@@ -21,27 +23,34 @@ logger = logging.getLogger(__name__)
 
 #: Path at which an agent answers at once.
 ALIVE_PATH = "/alive"
-#: Longest silence of an agent that is alive.
-LONGEST_SILENCE_S = 1.5
-#: Least bytes per second of a transfer after its first second.
-LEAST_RATE = 64 << 10
+#: Header of the answer if the bytes are on their way to that agent.
+WAITS_HEADER = "X-Obdlab-Waits"
+#: Longest silence of an agent that is alive, without and with bytes on their way to it.
+SILENCE_S, LONGEST_SILENCE_S = 1.5, 8.0
+#: Least bytes per second of a transfer, from a second after its first byte on.
+LEAST_RATE = 32 << 10
 
 _TICK_S = 0.05
-_PROBE_S = 0.3
+# On a link that is full a connection may lose its first packet, which is sent again after a second.
+_PROBES_S = (0.35, 0.45)
 _RATED_AFTER_S = 1.0
 
 
 class Attempt:
     """One request to an agent, from its beginning to its last byte. Use it in a ``with`` block."""
 
-    def __init__(self, watch: Watch, member: Member, patience_s: float) -> None:
+    def __init__(self, watch: Watch, member: Member, digest: str, offset: int, patience_s: float) -> None:
         self.member = member
+        self.digest, self.offset = digest, offset
         self.patience_s = patience_s
         self.cancellation = SocketCancellation()
-        self.began = self.progressed = time.monotonic()
+        self.progressed = time.monotonic()
         self.received = 0
-        #: Why the request was broken off: "dead", "slow" or "".
+        #: When the agent last said that the bytes are on their way to it.
+        self.confirmed = 0.0
+        #: Why the request was broken off: "dead", "silent", "slow" or "".
         self.why = ""
+        self._first_byte: float | None = None
         self._watch = watch
 
     def __enter__(self) -> Self:
@@ -55,6 +64,8 @@ class Attempt:
         """Count received bytes."""
         self.progressed = time.monotonic()
         self.received += received
+        if self._first_byte is None and received:
+            self._first_byte = self.progressed
 
     def break_off(self, why: str) -> None:
         """End the request's wait now."""
@@ -64,8 +75,13 @@ class Attempt:
     @property
     def is_slow(self) -> bool:
         """True if bytes come, and too few."""
-        elapsed = time.monotonic() - self.began
-        return elapsed > _RATED_AFTER_S and 0 < self.received < LEAST_RATE * elapsed
+        elapsed = 0.0 if self._first_byte is None else time.monotonic() - self._first_byte
+        return elapsed > _RATED_AFTER_S and self.received < LEAST_RATE * elapsed
+
+    def is_silent(self, now: float) -> bool:
+        """Return True if no bytes have come for too long."""
+        silence_s = now - self.progressed
+        return silence_s > LONGEST_SILENCE_S or (silence_s > SILENCE_S and now - self.confirmed > SILENCE_S)
 
 
 class Watch:
@@ -74,7 +90,7 @@ class Watch:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._attempts: set[Attempt] = set()
-        self._probed: set[str] = set()
+        self._probed: set[Attempt] = set()
         self._closing = threading.Event()
         threading.Thread(target=self._run, name="obdlab-peer-watch", daemon=True).start()
 
@@ -100,38 +116,67 @@ class Watch:
             for attempt in attempts:
                 if attempt.is_slow:
                     attempt.break_off("slow")
-                elif now - attempt.progressed > attempt.patience_s:
-                    self._look_at(attempt.member)
+                elif attempt.is_silent(now):
+                    attempt.break_off("silent")
+                elif now - max(attempt.progressed, attempt.confirmed) > attempt.patience_s:
+                    self._look_at(attempt)
 
-    def _look_at(self, member: Member) -> None:
+    def _look_at(self, attempt: Attempt) -> None:
         with self._lock:
-            if member.address in self._probed:
+            if attempt in self._probed:
                 return
-            self._probed.add(member.address)
+            self._probed.add(attempt)
         try:
-            threading.Thread(target=self._probe, args=(member,), name="obdlab-peer-probe", daemon=True).start()
+            threading.Thread(target=self._probe, args=(attempt,), name="obdlab-peer-probe", daemon=True).start()
         except RuntimeError:  # no thread available: the longest silence ends the wait
             with self._lock:
-                self._probed.discard(member.address)
+                self._probed.discard(attempt)
 
-    def _probe(self, member: Member) -> None:
-        alive = is_alive(member.address)
+    def _probe(self, attempt: Attempt) -> None:
+        state = look(attempt.member.address, attempt.digest, attempt.offset)
+        now = time.monotonic()
+        if state is State.WAITS:
+            attempt.confirmed = now
         with self._lock:
-            self._probed.discard(member.address)
-            dead = [] if alive else [each for each in self._attempts if each.member == member]
-        for attempt in dead:
-            attempt.break_off("dead")
+            self._probed.discard(attempt)
+            # Also those to the same agent that have waited as long: one question will do.
+            dead = [
+                each
+                for each in self._attempts
+                if state is State.DEAD and each.member == attempt.member and each.progressed <= attempt.progressed
+            ]
+        for each in dead:
+            each.break_off("dead")
 
 
-def is_alive(address: str, timeout_s: float = _PROBE_S) -> bool:
-    """Return True if an agent answers at ``host:port``."""
+class State(Enum):
+    """An agent's state, seen from outside."""
+
+    DEAD = auto()
+    ALIVE = auto()
+    #: Alive, and the bytes are on their way to it.
+    WAITS = auto()
+
+
+def look(address: str, digest: str = "", offset: int = 0) -> State:
+    """Ask the agent at ``host:port`` whether it is alive and waits for a blob's bytes at ``offset``."""
     host, _, port = address.rpartition(":")
-    connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
-    try:
-        connection.request("GET", ALIVE_PATH)
-        return connection.getresponse().status == http.client.NO_CONTENT
-    except (OSError, http.client.HTTPException) as error:
-        logger.debug("%s: not alive: %s", address, error)
-        return False
-    finally:
-        connection.close()
+    for timeout_s in _PROBES_S:
+        connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
+        try:
+            connection.request("GET", f"{ALIVE_PATH}?digest={digest}&offset={offset}" if digest else ALIVE_PATH)
+            answer = connection.getresponse()
+            if answer.status == http.client.NO_CONTENT:
+                return State.WAITS if answer.headers.get(WAITS_HEADER) else State.ALIVE
+        except ConnectionRefusedError:
+            return State.DEAD
+        except (OSError, http.client.HTTPException) as error:
+            logger.debug("%s: no answer: %s", address, error)
+        finally:
+            connection.close()
+    return State.DEAD
+
+
+def is_alive(address: str) -> bool:
+    """Return True if an agent answers at ``host:port``."""
+    return look(address) is not State.DEAD

@@ -145,7 +145,7 @@ def false_agent(
             pass
 
         def do_GET(self) -> None:
-            if self.path == "/alive":
+            if self.path.startswith("/alive"):
                 self.send_response(204)
                 self.send_header("Content-Length", "0")
                 self.end_headers()
@@ -296,7 +296,7 @@ def test_a_registry_that_is_slow_to_answer_does_not_scatter_the_tree(
     image = make_image(registry, 600_000)
 
     def late(answer: Answer) -> None:
-        answer.handler.closing.wait(1.0)
+        answer.handler.closing.wait(2.5)
         answer.send()
 
     with running_swarm(registry, tmp_path, 4) as swarm:
