@@ -31,7 +31,7 @@ class DiffService:
         snapshots = snapshotter.snapshots
         sides, jobs, work = Sides(snapshots, devices), Jobs(), Work(snapshots.layout.root)
         self._filling = Filling(snapshots, sides, jobs, work, options, devices.settings)
-        self._making = Making(snapshotter, sides, jobs, work, options)
+        self._making = Making(snapshotter, sides, jobs, work, options, devices.settings)
         self._making.recover()
 
     def Apply(self, request: pb.ApplyRequest, context: grpc.ServicerContext) -> pb.ApplyResponse:
@@ -46,7 +46,7 @@ class DiffService:
         """Make a layer of the right side's changes to the left one."""
         with answering(context, "Diff", "diff"):
             left, right = mounts_of(request.left), mounts_of(request.right)
-            made = self._making.diff(left, right, request.media_type, request.labels, _caller(context))
+            made = self._making.diff(left, right, request.media_type, request.ref, request.labels, _caller(context))
             return pb.DiffResponse(
                 diff=types_pb2.Descriptor(
                     media_type=made.media_type, digest=made.digest, size=made.size, annotations=made.annotations

@@ -130,9 +130,7 @@ class Filling:
             raise InvalidArgumentError(f"layer: not a digest (got {layer.digest[:80]!r})")
         snapshot, below = self._target(mounts)
         # An ordinary layer that is unpacked to a device becomes a block layer anyway.
-        is_plain = not self._layout.has_device(snapshot.id)
-        is_unpacked = is_plain and overlaybd.is_unpacked(snapshot.key, snapshot.labels)
-        filesystem = self._options.convert if is_unpacked else ""
+        filesystem = "" if self._layout.has_device(snapshot.id) else self._options.convert
         if not self._may_be_ours(layer, snapshot, filesystem, caller):
             raise UnsupportedError(
                 f"layer {layer.digest} is an ordinary one (convertLayers is not set, or not for it)"
@@ -177,8 +175,7 @@ class Filling:
         except NotFoundError as error:
             raise UnsupportedError(str(error)) from error
         what = f"snapshot {snapshot.key!r}"
-        is_container = not overlaybd.is_unpacked(snapshot.key, snapshot.labels)
-        if snapshot.kind is not Kind.ACTIVE or (self._layout.has_device(snapshot_id) and is_container):
+        if snapshot.kind is not Kind.ACTIVE or not overlaybd.is_unpacked(snapshot.key, snapshot.labels):
             raise UnsupportedError(f"{what}: layers are not unpacked to it")
         if turbo.is_turbo(snapshot.labels):
             raise UnsupportedError(f"{what}: is for a turboOCI layer")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from obdlab.differ.filling import Caller, DifferOptions, Work
     from obdlab.differ.jobs import Jobs
     from obdlab.differ.sides import Sides
+    from obdlab.settings.settings import Settings
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.mounts import Mount
     from obdlab.snapshotter.store import Reader, Snapshot
@@ -39,6 +40,7 @@ logger = logging.getLogger(__name__)
 #: client's lease, so the client has this long to name the blob.
 LEASE_S = 3600.0
 _INIT = "-init"
+_CHECKPOINT = "checkpoint-"
 #: Writers wait while the layer's files are copied. On file systems that share copies (xfs, btrfs) that takes no time.
 _MOST_FROZEN_S = 120.0
 
@@ -52,13 +54,21 @@ class _Source:
     inits: tuple[Path, ...]
     file: Path
     index: str = ""
+    #: ``file`` is the upper directory of an overlay.
+    is_overlay: bool = False
 
 
 class Making:
     """Makes layers of the snapshots of one root."""
 
     def __init__(
-        self, snapshotter: Snapshotter, sides: Sides, jobs: Jobs, work: Work, options: DifferOptions
+        self,
+        snapshotter: Snapshotter,
+        sides: Sides,
+        jobs: Jobs,
+        work: Work,
+        options: DifferOptions,
+        settings: Settings,
     ) -> None:
         self._snapshotter = snapshotter
         self._snapshots = snapshotter.snapshots
@@ -67,6 +77,7 @@ class Making:
         self._jobs = jobs
         self._work = work
         self._options = options
+        self._settings = settings
 
     def recover(self) -> None:
         """Thaw the file systems that a killed service left frozen."""
@@ -85,6 +96,7 @@ class Making:
         left: Sequence[Mount],
         right: Sequence[Mount],
         media_type: str,
+        ref: str,
         labels: Mapping[str, str],
         caller: Caller,
     ) -> Layer:
@@ -95,32 +107,50 @@ class Making:
         """
         if media_type and media_type not in LAYER_TYPES:
             raise UnsupportedError(f"layers of type {media_type[:80]!r} are another differ's")
+        if ref.startswith(_CHECKPOINT):
+            raise UnsupportedError("a checkpoint is restored file by file")
         source = self._source(right)
         if not self._sides.is_parent(left, source.parent.id if source.parent else None):
             raise UnsupportedError(f"snapshot {source.snapshot.key!r} is not compared with its parent")
         namespace = caller.namespace_of(source.snapshot)
         with self._work.directory() as directory:
-            if source.snapshot.kind is Kind.ACTIVE:
+            if source.snapshot.kind is Kind.ACTIVE and not source.is_overlay:
                 source = self._copied(source, directory)
             request = {
-                "job": "pack",
                 "containerd": self._options.containerd,
                 "namespace": namespace,
                 "lease": self._lease(namespace),
-                "file": str(source.file),
-                "index": source.index,
-                "inits": [str(file) for file in source.inits],
                 "filesystem": self._fs_type(source),
                 "labels": dict(labels),
                 "work": str(directory),
+                **(self._change(source) if source.is_overlay else _pack(source)),
             }
             made = self._jobs.run(request, caller.is_wanted)
         return Layer(str(made["digest"]), int(made["size"]), OCI_LAYER, made["annotations"])
 
+    def _change(self, source: _Source) -> dict[str, object]:
+        usage = self._layout.usage(source.snapshot.id)
+        below = str(self._layout.config(source.parent.id)) if source.parent else ""
+        settings = self._settings.to_json()
+        return {"job": "change", "upper": str(source.file), "below": below, "size": usage.size, "settings": settings}
+
+    # A container's overlay directly on an image, or on nothing.
+    def _overlay(self, right: Sequence[Mount]) -> _Source:
+        snapshot_id = self._sides.directory(right)
+        if snapshot_id is not None and self._options.convert:
+            with suppress(NotFoundError), self._snapshots.store.read() as reader:
+                snapshot = reader.by_id(snapshot_id)
+                parent = reader.get(snapshot.parent) if snapshot.parent else None
+                if snapshot.kind is Kind.ACTIVE and (parent is None or self._layout.is_image(parent.id)):
+                    return _Source(snapshot, parent, (), self._layout.fs(snapshot_id), is_overlay=True)
+        raise UnsupportedError(
+            "the mounts are not those of a block device of this snapshotter, or of an overlay on one"
+        )
+
     def _source(self, right: Sequence[Mount]) -> _Source:
         snapshot_id = self._sides.device(right)
         if snapshot_id is None:
-            raise UnsupportedError("the mounts are not those of a block device of this snapshotter")
+            return self._overlay(right)
         try:
             with self._snapshots.store.read() as reader:
                 snapshot = reader.by_id(snapshot_id)
@@ -198,6 +228,8 @@ class Making:
             raise DeviceError(f"{device}: cannot be flushed ({error.strerror})") from error
 
     def _fs_type(self, source: _Source) -> str:
+        if source.is_overlay and source.parent is None:
+            return self._options.convert
         below = source.parent.labels if source.parent else None
         return overlaybd.fs_spec(source.snapshot.labels, self._snapshots.options, below).fs_type
 
@@ -206,3 +238,8 @@ class Making:
         with Containerd(self._options.containerd, namespace) as client:
             client.leases.create(name, expire_s=LEASE_S)
         return name
+
+
+def _pack(source: _Source) -> dict[str, object]:
+    inits = [str(file) for file in source.inits]
+    return {"job": "pack", "file": str(source.file), "index": source.index, "inits": inits}

@@ -16,6 +16,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from obdlab.containerd.client import Containerd
 from obdlab.containerd.content import CHUNK
@@ -23,6 +24,7 @@ from obdlab.convert.apply import ApplyError
 from obdlab.convert.decompress import decompressed
 from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.convert.layer import LayerBuilder, LayerOptions, layer_uuid, pieces_file
+from obdlab.differ.uppertar import upper_tar
 from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.oci import BLOB_DIGEST, BLOB_FS_TYPE, BLOB_SIZE, OVERLAYBD_VERSION, VERSION_NATIVE
 from obdlab.formats.zfile.layout import HEADER_SIZE, is_zfile
@@ -94,7 +96,7 @@ def unpack(request: dict[str, Any]) -> dict[str, Any]:
             _write(tar, target)
             open_layer(LocalFile(target)).close()  # a snapshot with a file that is no layer would mount nowhere
         elif request["filesystem"]:
-            target = _build(request, name, tar, work)
+            target, _ = _build(request, name, tar.rest(), layer_uuid(request["chain_id"] or digest))
         else:
             return {"unsupported": f"{name}: an ordinary layer"}
         while source.read(CHUNK):  # to the check of the blob's digest; a decompressor may leave bytes
@@ -103,7 +105,8 @@ def unpack(request: dict[str, Any]) -> dict[str, Any]:
         return {"file": str(target), "digest": tar.digest, "size": tar.size, "made": not is_layer(head)}
 
 
-def _build(request: dict[str, Any], name: str, tar: _Summed, work: Path) -> Path:
+# Returns the layer and its file system.
+def _build(request: dict[str, Any], name: str, tar: Iterator[bytes], uuid: str) -> tuple[Path, str]:
     options = LayerOptions(filesystem=request["filesystem"])
     with ExitStack() as ended:
         lowers: list[Layer] = []
@@ -117,16 +120,14 @@ def _build(request: dict[str, Any], name: str, tar: _Summed, work: Path) -> Path
                 options = replace(options, virtual_size=image.size, filesystem=FileTree(image).kind)
             except FormatError as error:
                 raise ApplyError(f"{name}: the image below cannot get further layers: {error}") from error
-        builder = ended.enter_context(LayerBuilder(work, options, large=request["size"] > _LARGE))
+        large = request["size"] > _LARGE
+        builder = ended.enter_context(LayerBuilder(Path(request["work"]), options, large=large))
         for lower in lowers:
             builder.add_lower(lower)
-        built = builder.build(
-            [(name, tar.rest())],
-            uuid=layer_uuid(request["chain_id"] or request["digest"]),
-            parent_uuid=lowers[-1].uuid if lowers else None,
-        ).result()
+        parent_uuid = lowers[-1].uuid if lowers else None
+        built = builder.build([(name, tar)], uuid=uuid, parent_uuid=parent_uuid).result()
     assert built.path is not None
-    return built.path
+    return built.path, options.filesystem
 
 
 def _write(tar: _Summed, target: Path) -> None:
@@ -181,7 +182,17 @@ def pack(request: dict[str, Any]) -> dict[str, Any]:
     The layers ``inits`` below it are merged into it. A file that is packed already is stored as it is. Answers with
     digest, size and annotations.
     """
-    path = _packed(request["file"], request["index"], request["inits"], Path(request["work"]))
+    return _store(request, _packed(request["file"], request["index"], request["inits"], Path(request["work"])))
+
+
+def change(request: dict[str, Any]) -> dict[str, Any]:
+    """Make a layer of an overlay's ``upper`` directory on the image ``below``, and store it as :func:`pack` does."""
+    name = f"overlay {request['upper']}"
+    path, filesystem = _build(request, name, upper_tar(Path(request["upper"])), str(uuid4()).upper())
+    return _store({**request, "filesystem": filesystem}, path)
+
+
+def _store(request: dict[str, Any], path: Path) -> dict[str, Any]:
     digest, size = digest_of_file(path), path.stat().st_size
     notes = {
         OVERLAYBD_VERSION: VERSION_NATIVE,
@@ -218,7 +229,7 @@ def _packed(path: str, index: str, inits: list[str], work: Path) -> Path:
     return target
 
 
-_JOBS = {"unpack": unpack, "pack": pack}
+_JOBS = {"unpack": unpack, "pack": pack, "change": change}
 
 
 if __name__ == "__main__":

@@ -403,3 +403,30 @@ def test_layers_of_erofs(tmp_path: Path, archive: Path) -> None:
         (device,) = host.snapshotter.devices.list()
         assert FileTree(open_image(device.config, traces=False)).kind == "erofs"
         assert len(ImageConfig.load(device.config).lowers) == 3
+
+
+@pytest.mark.kernel
+def test_an_overlay_on_an_image_becomes_a_layer(
+    converting: ObdlabHost, registry_server: RegistryServer, tmp_path: Path
+) -> None:
+    host, image = converting, push_golden(registry_server, "overlay")
+    start(host, image, "overlay", "none")
+    script = "echo new > /new; /busybox rm -r /dir; /busybox mkdir /dir; echo only > /dir/only; /busybox ls -a /dir"
+    assert execute(host, "overlay", "/busybox ls -a /").split() != []
+    there = [name for name in execute(host, "overlay", "/busybox ls /").split() if name not in ("busybox", "new")]
+    victim = there[0]
+    execute(host, "overlay", script.replace("/dir", f"/{victim}"))
+    below, _ = imagefiles.golden_layers()
+    layer = diff(host, "overlay")
+    tree = files_of(layer, below[:2], tmp_path)
+    assert read(tree, b"/new") == b"new\n"
+    assert set(tree.entries(tree.find(victim.encode()))) == {b"only"}
+    # A checkpoint of the same container is for a runtime that restores files.
+    host.ctr("containers", "checkpoint", "--rw", "overlay", "example.test/checkpoint:1")
+    with Containerd(host.containerd.address, "test") as client:
+        index = json.loads(client.content.read(client.images.get("example.test/checkpoint:1").digest))
+    (kept,) = [each for each in index["manifests"] if "layer" in each["mediaType"]]
+    assert kept["mediaType"] == oci.OCI_LAYER_GZIP
+    assert oci.BLOB_DIGEST not in kept.get("annotations", {})
+    host.ctr("tasks", "rm", "--force", "overlay")
+    host.ctr("containers", "rm", "overlay")

@@ -76,8 +76,11 @@ class DiffRequest(google.protobuf.message.Message):
     LEFT_FIELD_NUMBER: builtins.int
     RIGHT_FIELD_NUMBER: builtins.int
     MEDIA_TYPE_FIELD_NUMBER: builtins.int
+    REF_FIELD_NUMBER: builtins.int
     LABELS_FIELD_NUMBER: builtins.int
     media_type: builtins.str
+    ref: builtins.str
+    """of the writing of the blob"""
     @property
     def left(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[obdlab.containerd._pb.types_pb2.Mount]: ...
     @property
@@ -92,9 +95,10 @@ class DiffRequest(google.protobuf.message.Message):
         left: collections.abc.Iterable[obdlab.containerd._pb.types_pb2.Mount] | None = ...,
         right: collections.abc.Iterable[obdlab.containerd._pb.types_pb2.Mount] | None = ...,
         media_type: builtins.str = ...,
+        ref: builtins.str = ...,
         labels: collections.abc.Mapping[builtins.str, builtins.str] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["labels", b"labels", "left", b"left", "media_type", b"media_type", "right", b"right"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["labels", b"labels", "left", b"left", "media_type", b"media_type", "ref", b"ref", "right", b"right"]) -> None: ...
 
 global___DiffRequest = DiffRequest
 
