@@ -41,6 +41,7 @@ from obdlab.formats.oci import digest_of
 from obdlab.formats.tarsums import TarSums
 from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.open import Image, WritableImage
+from obdlab.image.wholeblob import WholeBlob
 from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers import recorder
 from obdlab.layers.append import AppendUpper
@@ -79,7 +80,7 @@ ELSEWHERE = {
     "obdlab.image.remote._Origin",
     "obdlab.server.tcmu.server.LostImage",
 }
-KEEPING = CachedBlob | CheckedBlob | registryimages._Recent | GzipTarget | SummedTar | ZstdTarget
+KEEPING = CachedBlob | CheckedBlob | WholeBlob | registryimages._Recent | GzipTarget | SummedTar | ZstdTarget
 
 
 class Bottom(MemoryBlob):
@@ -240,6 +241,13 @@ def cached(directory: Path, _: ExitStack) -> Case:
     return Case(cache.open(bottom, digest_of(CONTENT)), CONTENT, bottom)
 
 
+def whole_if_it_must_be(directory: Path, opened: ExitStack) -> Case:
+    case = cached(directory, opened)
+    assert isinstance(case.blob, CachedBlob)
+    blob = WholeBlob(case.blob, case.blob, lambda: pytest.fail("not asked for"), deadline_s=1, most=0)
+    return Case(blob, CONTENT, case.bottom)
+
+
 def with_a_hash_tree(_: Path, __: ExitStack) -> Case:
     bottom = Bottom(CONTENT)
     return Case(checked(bottom, CONTENT), CONTENT, bottom)
@@ -310,6 +318,7 @@ CASES: list[Make] = [
     watched,
     noted,
     recent,
+    whole_if_it_must_be,
     local_file,
     layers_own_file,
     in_a_tar,

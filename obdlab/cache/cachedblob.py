@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import asdict
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from crc32c import crc32c
@@ -24,9 +24,10 @@ from obdlab.observe import audit
 from obdlab.observe.counters import CHECKSUM_FAILURES, MISS_TIMES
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from obdlab.cache.flights import Demand
+    from obdlab.cache.flights import Demand, Flight
     from obdlab.cache.space import CacheSpace
     from obdlab.cache.units import UnitCheck
 
@@ -38,6 +39,8 @@ _STREAM_PIECE = 1 << 20
 _MIN_WAY_EXTENTS = 8
 # Units checked at a time in a search for missing ones.
 _SCAN_UNITS = 1024
+# Longest wait for a unit that others fetch, and the interval of checking.
+_OTHERS_S, _LOOK_S = 5.0, 0.01
 # Bytes of a read that show if the unit may be cached.
 _GUESS = 64
 
@@ -192,6 +195,33 @@ class CachedBlob(Blob):
     def fetch_in_background(self, first: int, stop: int) -> None:
         """Fetch the units that are neither cached nor in flight. Raises what the origin raises."""
         self._fetches.fetch_in_background(first, stop)
+
+    def fill(self, read: Callable[[int], bytes]) -> None:
+        """Store all units that are not cached; ``read`` returns the blob's next bytes, in order.
+
+        A unit that others fetch is waited for, for some seconds: their fetch may fail. Raises what ``read`` raises,
+        and SourceError if the cache does not keep a unit.
+        """
+        step = max(1, PIECE // self._unit)
+        for first in range(0, self._files.units, step):
+            stop = min(first + step, self._files.units)
+            data = memoryview(read(self._files.length_of(first, stop)))
+            end = monotonic() + _OTHERS_S
+            pause_s = 0.0
+            while not all(self._files.present(first, stop)):
+                if monotonic() > end:
+                    raise SourceError("the cache does not keep it (is its file system full?)", blob=self.name)
+                sleep(pause_s)
+                pause_s = _LOOK_S
+                flight = self._fetches.claim_ahead(first, stop)
+                if flight is None:
+                    continue
+
+                def part(flight: Flight, _: Call, data: memoryview = data, begin: int = first * self._unit) -> bytes:
+                    offset, length = self._fetches.range_of(flight)
+                    return bytes(data[offset - begin :][:length])
+
+                self._fetches.fetch_claimed(flight, part)
 
     # -- for replaying traces ----------------------------------------------------------------------------------------
 

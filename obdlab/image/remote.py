@@ -6,9 +6,10 @@ import hashlib
 import logging
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from obdlab.blob import unwrapped
+from obdlab.blob import find, unwrapped
 from obdlab.cache.ahead.allowance import Allowance
 from obdlab.cache.ahead.download import BackgroundDownload, DownloadOptions
 from obdlab.cache.blockcache import BlockCache
@@ -20,8 +21,10 @@ from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats.hashtree import Shape, TreeReference
 from obdlab.formats.oci import check_digest
 from obdlab.image.checkedblob import CheckedBlob
+from obdlab.image.config import LowerConfig
 from obdlab.image.registryaccess import open_client
 from obdlab.image.treenodes import KeptNodes, TreeNodes
+from obdlab.image.wholeblob import WholeBlob
 from obdlab.observe.counters import LAZY_LAYERS
 from obdlab.registry.p2p import TREE_HEADER
 from obdlab.registry.reference import Repository
@@ -34,7 +37,6 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Around, Blob
     from obdlab.call import Call
-    from obdlab.image.config import LowerConfig
     from obdlab.layers.gziptarget import GzipTarget
     from obdlab.layers.zstdtarget import ZstdTarget
     from obdlab.registry.client import RegistryClient
@@ -121,6 +123,20 @@ class RemoteLayers:
             tree = None
         LAZY_LAYERS.add(label="checked" if tree is not None or checked_above else "unchecked")
         return self.open(lower.digest, lower.size, tree)
+
+    def open_target(self, digest: str, size: int, *, checked_above: bool) -> Blob:
+        """Return the blob of an ordinary layer that a turboOCI layer points into. Raises as :meth:`open_layer`.
+
+        At a registry that serves blobs only whole, the first read far inside fetches all of it into the cache. (Of
+        other layers, the snapshotter has that done when it attaches their image.)
+        """
+        blob = self.open_layer(LowerConfig(digest=digest, size=size), checked_above=checked_above)
+        cached = find(blob, CachedBlob)
+        if cached is None:  # without a cache there is no place to keep it
+            return blob
+        settings = self._settings
+        open_stream = partial(self._client.stream_blob, self._repository, digest, cached.size)
+        return WholeBlob(blob, cached, open_stream, deadline_s=settings.read_deadline_s, most=settings.cache_quota)
 
     def open(self, digest: str, size: int, tree: TreeReference | None = None) -> Blob:
         """Return a blob of ``size`` bytes; if ``size`` is 0, the registry is asked for it.

@@ -71,8 +71,8 @@ def _open_stored(
 ) -> tuple[Blob, str]:
     if not lower.target_file:
         assert remote is not None
-        stored = LowerConfig(digest=lower.target_digest, size=lower.target_size)
-        return remote.open_layer(stored, checked_above=checked), lower.target_digest
+        blob = remote.open_target(lower.target_digest, lower.target_size, checked_above=checked)
+        return blob, lower.target_digest
     file = LocalFile(lower.target_file)
     try:
         check_target_size(file, lower)
