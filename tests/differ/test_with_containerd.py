@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from tests import capabilities
 from tests.containerd_host import NAME, ObdlabHost, containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server, running_registry
 from tests.snapshotter import imagefiles
-from tests.snapshotter.test_lazy_images import push_golden
+from tests.snapshotter.test_lazy_images import push_golden, wait_for
 from tests.snapshotter.test_with_containerd import LISTING
 
 if TYPE_CHECKING:
@@ -126,6 +127,32 @@ def test_the_transfer_service_uses_the_differ_that_it_is_given(
     assert host.ctr(*run) == "by the transfer service"
     (device,) = [each for each in host.snapshotter.devices.list() if each.config not in before]
     assert len(ImageConfig.load(device.config).lowers) == 1
+
+
+def workers(host: ObdlabHost) -> list[str]:
+    """The processes of the differ."""
+    found = []
+    for task in Path(f"/proc/{host.snapshotter.pid}/task").iterdir():
+        found += (task / "children").read_text().split()
+    return [pid for pid in found if b"obdlab.differ.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+def test_a_client_that_goes_away_ends_the_work(converting: ObdlabHost, tmp_path: Path) -> None:
+    host = converting
+    layer = imagefiles.LayerTar()
+    for number in range(64):
+        layer.add(f"noise{number}", random.Random(number).randbytes(1 << 20))
+    imagefiles.write_oci_archive(tmp_path / "noise.tar", "example.test/noise:1", [layer.bytes()])
+    command = ["ctr", "--address", host.containerd.address, "--namespace", "test", "images", "import", "--local"]
+    with subprocess.Popen([*command, "--snapshotter", NAME, str(tmp_path / "noise.tar")]) as client:
+        wait_for(lambda: workers(host) != [] or client.poll() is not None)
+        assert client.poll() is None
+        client.kill()
+    wait_for(lambda: workers(host) == [])
+    wait_for(lambda: list((host.snapshotter.root / "differ").iterdir()) == [])
+    assert "given up" in host.snapshotter.log.read_text()
+    # It is made whole at the next attempt.
+    host.ctr(*command[5:], "--snapshotter", NAME, str(tmp_path / "noise.tar"))
 
 
 def test_an_image_that_lists_other_layers_is_refused(converting: ObdlabHost, registry_server: RegistryServer) -> None:
