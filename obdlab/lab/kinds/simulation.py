@@ -97,7 +97,7 @@ class Simulation(Kind):
             if min(float(value) for value in axes[axis]) <= 0:
                 raise SpecError(f"axes.{axis}: wanted positive numbers (got {list(axes[axis])})")
         try:
-            _site(options, _COLD)
+            site_of(options, _COLD)
         except SimulationError as error:
             raise SpecError(f"options: {error}") from error
         return axes, options
@@ -108,7 +108,7 @@ class Simulation(Kind):
 
     @contextmanager
     def _open(self, job: Job) -> Iterator[Bench]:
-        workload = _workload(job.options)
+        workload = workload_of(job.options)
         yield _Simulator(workload, job.options)
 
     def estimate(
@@ -140,7 +140,7 @@ class _Simulator(Bench):
 
 def _numbers(point: Point, options: Mapping[str, Option], workload: Workload) -> dict[str, float]:
     seed, hosts = int(point["repeat"]), int(point["hosts"])
-    site, topology = _site(options, str(point["caches"])), str(point["topology"])
+    site, topology = site_of(options, str(point["caches"])), str(point["topology"])
     arity, noise = int(point["arity"]), float(options["noise"])
     if point["shape"] == _ONCE:
         random = Random(f"starts {seed}")
@@ -178,7 +178,8 @@ def _traffic(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def _workload(options: Mapping[str, Option]) -> Workload:
+def workload_of(options: Mapping[str, Option]) -> Workload:
+    """Return the recorded start of the kind's options. Raises LabError."""
     path = find("experiments", Path(str(options["timeline"])))
     try:
         workload = Workload.from_timeline(json.loads(path.read_text()), int(options["block_kib"]) * 1024)
@@ -190,7 +191,8 @@ def _workload(options: Mapping[str, Option]) -> Workload:
         raise LabError(f"{path}: {error}") from error
 
 
-def _site(options: Mapping[str, Option], caches: str) -> Site:
+def site_of(options: Mapping[str, Option], caches: str = _COLD) -> Site:
+    """Return the links and times of the kind's options. Raises SimulationError."""
     up, origin = float(options["up_mbit"]) * _MBIT, float(options["origin_mbit"]) * _MBIT
     if up <= 0 or origin <= 0 or float(options["run_s"]) <= 0 or min(options["within_s"], options["noise"]) < 0:
         raise SimulationError("up_mbit, origin_mbit and run_s are positive, within_s and noise not negative")

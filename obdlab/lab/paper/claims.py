@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from obdlab.lab.paper import questions as q
+from obdlab.lab.paper import simulated
+from obdlab.lab.paper.claim import Check, Claim
 from obdlab.lab.paper.results import Results, estimate, floor, launch_s, ratio, samples
 from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, of_number, of_ratio
 from obdlab.lab.run.rows import AA_SUFFIX, one_per_attempt
 from obdlab.lab.run.statistics import ALPHA, median_interval, share_interval
 
 if TYPE_CHECKING:
-    from obdlab.lab.run.rows import Row
+    from collections.abc import Sequence
 
-Check = Callable[[Results], Outcome]
+    from obdlab.lab.run.rows import Row
 
 _BASELINE, _COLD, _TRACE, _HOT = "overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot"
 _AHEAD = "ahead of overlay2 and thin LVM, most on the slow disk; the bars' numbers are not recoverable"
 #: Layers that a stack must have to try the claim on the index: as many as the paper has applications.
 _DEEP = 205
 _P2P = "needs a peer-to-peer network of hosts, which is not built yet"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One claim: its figure, its statement, the paper's numbers in words, and the check."""
-
-    key: str
-    figure: str
-    question: str
-    says: str
-    paper: str
-    check: Check
 
 
 def _not_yet(_: Results) -> Outcome:
@@ -331,8 +320,7 @@ CLAIMS: tuple[Claim, ...] = (
         # Cold starts without their pull: those with all local are figure 15's, and one statistic has one verdict.
         _of_baseline("launch_s", "cold", "launch on demand, obdlab against overlayfs, pull left out", "", 1.1, 1.0),
     ),
-    Claim("large-scale", "Fig 20", "", "10,000 containers on 1,000 hosts start in 4 s.", "< 4 s", _not_yet),
-    Claim("hyper-scale", "Fig 21", "", "Projected, 100,000 do in little more.", "a flat projection", _not_yet),
+    *simulated.DADI,
     Claim(
         "read-depth-1",
         "Fig 22",
@@ -391,4 +379,5 @@ CLAIMS: tuple[Claim, ...] = (
         "274 MB against 165 MB (1.66)",
         _size,
     ),
+    *simulated.FAASNET,
 )

@@ -6,12 +6,13 @@ import html
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from obdlab.lab.paper.claims import CLAIMS, Claim
+from obdlab.lab.paper.claims import CLAIMS
 from obdlab.lab.paper.verdicts import Outcome, Verdict, corrected
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from obdlab.lab.paper.claim import Claim
     from obdlab.lab.paper.results import Results
 
 HEADER = ("figure", "claim", "paper", "measured here", "verdict", "confidence")
@@ -48,7 +49,8 @@ class Entry:
         outcome = self.outcome
         texts = dict(zip(HEADER, self.cells(), strict=True))
         experiments = [run.name for run in outcome.runs]
-        return {"key": self.claim.key, **texts, "experiments": experiments, "rows": outcome.rows}
+        refuted = {"refuted by": self.claim.refuted} if self.claim.refuted else {}
+        return {"key": self.claim.key, **texts, "experiments": experiments, "rows": outcome.rows, **refuted}
 
 
 def ledger(results: Results, question: str = "") -> list[Entry]:

@@ -28,6 +28,9 @@ class Verdict(Enum):
     NOT_RUNNABLE = "not runnable here"
     NOT_YET = "not yet"
     NOT_MEASURED = "not measured"
+    #: Of simulated rows, which are no evidence of machines.
+    SIMULATED = "holds in simulation"
+    SIMULATED_NOT = "fails in simulation"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.statistics import median_interval, ratio_interval
-from obdlab.lab.show.style import LABEL, PAPER, PAPER_TEXT, SMALL, colour, plain, titled
+from obdlab.lab.show.style import LABEL, ORIGINS, PAPER, PAPER_TEXT, SMALL, colour, origin_look, plain, titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -130,10 +130,12 @@ def draw_lines(
     y: str,
     log: bool = True,
     limit: tuple[float, str] | None = None,
+    origin: str = "measured",
 ) -> None:
     """Draw samples over the values of an axis, with a line through the medians and whiskers for their intervals.
 
     ``log``: the x axis is logarithmic. ``limit``: a number that the paper states, and the text at its line.
+    ``origin``: measured, emulated or simulated, which lines and labels show.
     """
     drawn = {name: points for name, points in series.items() if points}
     if not titled(axes, title, bool(drawn)):
@@ -143,10 +145,12 @@ def draw_lines(
         shade, places = colour(name, number), sorted(points)
         found = [median_interval(list(points[place])) for place in places]
         middle = [each.median for each in found]
-        axes.plot(places, middle, marker="o", markersize=5, label=name, color=shade, zorder=3)
+        axes.plot(places, middle, markersize=5, color=shade, zorder=3, **origin_look(origin, name))
         for place, each in zip(places, found, strict=True):
             values = list(points[place])
-            axes.plot([place] * len(values), values, "o", color=shade, alpha=0.35, markersize=3.5, zorder=2)
+            axes.plot(
+                [place] * len(values), values, ORIGINS[origin][1], color=shade, alpha=0.35, markersize=3.5, zorder=2
+            )
             if each.has_interval:
                 axes.plot([place, place], [each.low, each.high], color=shade, linewidth=1.1, zorder=2)
             highest = max(highest, *values)
@@ -160,7 +164,7 @@ def draw_lines(
         axes.axhline(limit[0], color=PAPER, linestyle="--", linewidth=1.2)
         look: dict[str, Any] = {"color": PAPER_TEXT, "fontsize": SMALL, "ha": "right", "va": "bottom"}
         axes.text(0.99, limit[0], limit[1], transform=axes.get_yaxis_transform(), **look)
-    if len(drawn) > 1:
+    if len(drawn) > 1 or origin != "measured":
         axes.legend(fontsize=SMALL, frameon=False)
     plain(axes, y)
     axes.set_xlabel(x, fontsize=LABEL)

@@ -125,16 +125,18 @@ class Page:
     def provenance(self) -> None:
         """Show the rows' files, and the hosts they were measured on."""
         lines = []
+        done = "measured"
         for run in self.question.runs:
             rows = self.results.rows(run)
             if not rows:
                 continue
+            done = str(rows[0].get("label", done))
             quiet = "; some on a busy host" if busy(rows) else ""
             place = self.results.directory(run).relative_to(self.results.root.parent)
             lines.append(f"- `{place}/rows.csv`: {len(rows)} rows{quiet}")
             lines += [f"    - {_about(environment)}" for environment in self.results.environments(run)]
         if lines:
-            _show(_ipython.Markdown("\n".join(["**Where it was measured**", "", *lines])))
+            _show(_ipython.Markdown("\n".join([f"**Where it was {done}**", "", *lines])))
 
     def _run(self, name: str) -> Run:
         for run in self.question.runs:

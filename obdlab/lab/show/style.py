@@ -41,6 +41,12 @@ COLOURS = {
     "zstd": "#c98f5f",
 }
 _OTHERS = (OURS, "#c98f5f", "#8a9a4b", "#b5677d", "#9a7fb0", THEIRS)
+#: Line style, marker and words of numbers by their origin: no two share one, so that a reader sees it in any figure.
+ORIGINS = {
+    "measured": ("-", "o", ""),
+    "emulated": ("--", "s", "emulated"),
+    "simulated": (":", "^", "simulated"),
+}
 #: The end of an arm's name in a label: "obdlab, cold", "overlayfs (A/A)".
 _WORD = re.compile(r"[,\s]")
 SMALL, LABEL, TITLE = 8.5, 9, 10
@@ -77,6 +83,12 @@ def colour(name: str, number: int = 0) -> str:
     ``name`` may be a label: the arm behind the image's name ("redis: obdlab"), before a comma or blank.
     """
     return COLOURS.get(_WORD.split(name.rpartition(": ")[2])[0], _OTHERS[number % len(_OTHERS)])
+
+
+def origin_look(origin: str, name: str) -> dict[str, Any]:
+    """Return matplotlib's line style, marker and label for a series ``name`` of an origin, one of ORIGINS."""
+    line, marker, words = ORIGINS[origin]
+    return {"linestyle": line, "marker": marker, "label": f"{name} ({words})".lstrip() if words else name}
 
 
 def plain(axes: Axes, unit: str, grid: str = "y") -> None:
@@ -117,7 +129,8 @@ def caption(rows: Sequence[Row], environments: Sequence[Mapping[str, Any]]) -> s
         " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
     ]
     busy = "some on a busy host" if any(row.get("quiet") is False for row in rows) else ""
-    return ", ".join(filter(None, [*parts, busy])) + "."
+    origins = sorted({ORIGINS[row.get("label", "measured")][2] for row in rows} - {""})
+    return " and ".join(origins).capitalize() + " " * bool(origins) + ", ".join(filter(None, [*parts, busy])) + "."
 
 
 def publish(figure: Figure, stem: Path, text: str = "") -> bytes:

@@ -51,6 +51,32 @@ def grid_rows(kind: str, axes: dict[str, tuple[Any, ...]], values: dict[str, flo
     ]
 
 
+#: Axes of simulated rows by run, for :func:`simulated`.
+_SIMULATED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "simulated_scale": {"topology": ("rooted", "direct"), "caches": ("cold", "warm"), "containers": (10.0,)},
+    "simulated_hyper": {"topology": ("rooted",), "hosts": (1000, 100_000), "arity": (2, 3)},
+    "simulated_faasnet": {"topology": ("balanced", "rooted", "direct"), "hosts": (8, 128)},
+    "simulated_functions": {"topology": ("balanced",), "containers": (2.5,)},
+    "simulated_bursts": {"topology": ("balanced", "direct"), "shape": ("iot",)},
+}
+
+
+def simulated(**values: dict[str, float]) -> dict[str, list[Row]]:
+    """Rows of all simulated experiments with three seeds; ``values`` by run replace those that hold the claims."""
+    about = {"hosts": (1000,), "containers": (1.0,), "arity": (2,), "caches": ("cold",), "shape": ("once",)}
+    found = {}
+    for run, axes in _SIMULATED.items():
+        rows = grid_rows("simulation", about | axes, {"spread_s": 1.0, **values.get(run, {})})
+        for number, row in enumerate(rows):
+            row |= {"label": "simulated", "repeat": number % 3}
+            if row["topology"] == "direct":
+                row |= {key: 5 * row[key] for key in ("median_s", "all_ready_s", "recovered_s")}
+            elif row["topology"] == "rooted" and run == "simulated_faasnet":
+                row["median_s"] *= 2.8
+        found[run] = rows
+    return found
+
+
 class Given(Results):
     """Results that a test gives."""
 
@@ -79,6 +105,7 @@ def everything(root: Path) -> Given:
                 {"segments": 4000.0, "of_source": 1.6},
             ),
             "misses": grid_rows("misses", {"rtt_ms": (0, 20), "size": (4096,)}, {}),
+            **simulated(),
             "memory": grid_rows("memory", {"devices": (1, 10)}, {}),
         },
     )

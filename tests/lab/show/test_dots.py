@@ -70,3 +70,14 @@ def test_lines_go_through_medians_and_show_the_papers_limit(axes: Axes) -> None:
     assert list(line.get_ydata()) == [3.0, 2.0]
     assert texts(axes) == ["paper"]
     assert axes.get_ylim()[1] == pytest.approx(6.9)
+
+
+def test_simulated_lines_look_like_no_measured_ones(axes: Axes) -> None:
+    draw_lines(axes, {"a": {1: [1.0, 5.0, 3.0], 4: [2.0]}}, "", x="x", y="y")
+    measured = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    axes.clear()
+    draw_lines(axes, {"a": {1: [1.0, 5.0, 3.0], 4: [2.0]}}, "", x="x", y="y", origin="simulated")
+    drawn = [line for line in axes.lines if line.get_marker() != "None"]
+    assert drawn
+    assert not measured & {(line.get_linestyle(), line.get_marker()) for line in drawn}
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a (simulated)"]

@@ -25,6 +25,17 @@ def test_a_caption_tells_samples_host_commit_and_day() -> None:
     assert style.caption([], [host]) == ""
 
 
+def test_origins_share_neither_line_style_nor_marker_nor_label() -> None:
+    assert set(style.ORIGINS) == {"measured", "emulated", "simulated"}
+    for column in zip(*style.ORIGINS.values(), strict=True):
+        assert len(set(column)) == len(style.ORIGINS)
+    assert style.origin_look("simulated", "rooted")["label"] == "rooted (simulated)"
+    assert style.origin_look("measured", "rooted") == {"linestyle": "-", "marker": "o", "label": "rooted"}
+    caption = style.caption([{"label": "simulated", "repeat": 0}], [])
+    assert caption.startswith("Simulated n = 1")
+    assert "imulated" not in style.caption([{"repeat": 0}], [])
+
+
 def test_a_figure_is_kept_as_vectors_and_pixels_the_same_twice(tmp_path: Path) -> None:
     mpl.use("Agg")
     kept = []
