@@ -10,7 +10,7 @@ from typing import Any
 
 from obdlab.lab.paper import ledger
 from obdlab.lab.paper.published import published
-from obdlab.lab.paper.questions import CODEC, CONVERSION, MEMORY, MISSES, Run
+from obdlab.lab.paper.questions import CODEC, CONVERSION, FAASNET, HYPER, MEMORY, MISSES, SCALE, Run
 from obdlab.lab.paper.results import Results
 from obdlab.lab.run.declaration import last_spec, open_experiment
 from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attempt, with_quiet
@@ -309,6 +309,63 @@ def _grid(run: Run, axes: Sequence[str], metrics: dict[str, str]) -> Callable[[]
     return made
 
 
+# Of each number of children: the time that the working set takes over a child's share of its parent's link, the time
+# that a unit takes down all hops, and the simulated slowest starts.
+def _simulated_flat() -> str:
+    rows = Results(MEASURED / "evaluation").rows(HYPER)
+    options = last_spec(MEASURED / "evaluation" / HYPER.name).options
+    arities = sorted({row["arity"] for row in rows})
+    # Those that all numbers of children have.
+    hosts = sorted(
+        {
+            row["hosts"]
+            for row in rows
+            if {each["arity"] for each in rows if each["hosts"] == row["hosts"]} == {*arities}
+        }
+    )
+    lines = []
+    for arity in arities:
+        found = {count: [row for row in rows if (row["arity"], row["hosts"]) == (arity, count)] for count in hosts}
+        deepest = max(row["depth"] for row in found[hosts[-1]])
+        share = options["up_mbit"] / 8 / arity  # MB/s
+        unit_s = options["rtt_ms"] / 2e3 + options["unit_kib"] * 1024e-6 / share
+        cells = [f"{rows[0]['working_set'] / 1e6 / share:.3f}", f"{deepest:.0f}", f"{(deepest - 1) * unit_s:.3f}"]
+        slowest = [median_interval([row["slowest_s"] for row in found[count]]).text(".3f") for count in hosts]
+        lines.append([str(arity), *cells, *slowest])
+    head = ("children", "working set over a child's share, s", f"hops, {hosts[-1]:,} hosts", "a unit down these, s")
+    return _table((*head, *(f"slowest of {count:,}, s" for count in hosts)), lines)
+
+
+def _simulated_scale() -> str:
+    results = Results(MEASURED / "evaluation")
+    cold, warm, control = (
+        results.rows(SCALE, topology=topology, caches=caches)
+        for topology, caches in (("rooted", "cold"), ("rooted", "warm"), ("direct", "cold"))
+    )
+    half = [median_interval([row["median_s"] for row in rows]).median for rows in (cold, warm, control)]
+    ready_s = median_interval([row["all_ready_s"] for row in cold]).median
+    return (
+        f"of {cold[0]['containers_started']:,} containers on {cold[0]['hosts']:,} hosts half are ready within "
+        f"{half[0]:.2f} s (all data local: {half[1]:.2f} s), all of them {ready_s:.2f} s after the first start; from "
+        f"the registry alone half within {half[2]:.1f} s, and it sends {control[0]['origin_mb'] / 1000:.0f} GB, not "
+        f"{cold[0]['origin_mb']:.0f} MB"
+    )
+
+
+def _simulated_trees() -> str:
+    rows = Results(MEASURED / "evaluation").rows(FAASNET)
+    hosts = sorted({row["hosts"] for row in rows})
+    lines = []
+    for topology in dict.fromkeys(sorted(row["topology"] for row in rows)):
+        found = {n: [row for row in rows if (row["topology"], row["hosts"]) == (topology, n)] for n in hosts}
+        half = [median_interval([row["median_s"] for row in found[n]]).text(".2f") for n in hosts]
+        most = found[hosts[-1]]
+        spread = median_interval([row["spread_s"] for row in most]).text(".2f")
+        lines.append([topology, *half, spread, f"{median(row['origin_mb'] for row in most):,.0f}"])
+    head = [f"half of {n}, s" for n in hosts]
+    return _table(("topology", *head, f"first to last of {hosts[-1]}, s", "MB from the registry"), lines)
+
+
 def _versions() -> str:
     environments = RowStore(MEASURED / "peers").environments()
     used = {row["environment"] for row in _rows("peers")}
@@ -385,6 +442,9 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "extents-said": _extents_said,
     "readahead": _readahead,
     "absent-peers": _absent,
+    "simulated-flat": _simulated_flat,
+    "simulated-scale": _simulated_scale,
+    "simulated-trees": _simulated_trees,
     "first-set": lambda: first_set(MEASURED / "first_set"),
     "floors": _has_floor,
     "starts": _starts_table,
