@@ -238,5 +238,10 @@ SINGLE = (
     Command("cleanup", "unmount and detach everything, also after a crash", ".host.cleanup_command:declare"),
     Command("config", "check a settings file and show the settings", ".host.config:declare"),
     Command("fsck", "check a snapshotter's root, and repair it", ".host.fsck_command:declare"),
+    Command(
+        "install-tools",
+        "put the original's commands, run by obdlab, into a directory",
+        ".host.install_tools:declare",
+    ),
     Command("completion", "print a shell's completion script", ".completion:declare"),
 )

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import add_registry_options, settings_from
-from obdlab.cli.sources import add_containerd_option
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,8 +28,15 @@ Images are named as skopeo names them:
 
 def add_image_options(parser: argparse.ArgumentParser) -> None:
     """Add the options for access to images."""
+    from obdlab.cli.sources import add_containerd_option  # brings temporary files, which a pull does without
+
     add_registry_options(parser)
-    group = parser.add_argument_group("TLS and containerd (wins over the settings file)")
+    add_containerd_option(add_tls_options(parser, "TLS and containerd (wins over the settings file)"))
+
+
+def add_tls_options(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """Add the options for registries over TLS as a group, and return it."""
+    group = parser.add_argument_group(title)
     group.add_argument("--tls-ca", type=Path, metavar="FILE", help="trust these CAs (PEM) as well")
     group.add_argument(
         "--tls-client", metavar="CERT[:KEY]", help="client certificate and key (PEM) for registries that ask for one"
@@ -50,7 +56,7 @@ def add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="HOST[:PORT]",
         help="do not look at this registry's certificate; repeatable",
     )
-    add_containerd_option(group)
+    return group
 
 
 @contextmanager

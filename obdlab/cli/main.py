@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import textwrap
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from obdlab.cli.groups import GROUPS, SINGLE, Command, Group
 from obdlab.cli.oldnames import renamed
-from obdlab.errors import ObdlabError, caused_by, interrupt_behind
+from obdlab.cli.reporting import reported
 from obdlab.observe.logs import TextFormatter
-from obdlab.observe.printable import printable_lines
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from contextlib import AbstractContextManager
 
 _WIDTH = 100
 _INDENT = " " * 8
@@ -36,7 +32,7 @@ def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     parser.description = "Lazily started container images, and the workbench that measures them."
     parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
     parser.add_argument("-v", "--verbose", action="count", default=0, help="log more (twice: debug)")
-    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    parser.add_argument("--version", action="store_true", help=argparse.SUPPRESS)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", prog="obdlab")
     _add(commands, (*GROUPS, *SINGLE), named)
     if not named:
@@ -71,7 +67,7 @@ def _add(
 
 
 def _listed(commands: Sequence[Command]) -> str:
-    return "\n".join(f"  {command.name:<12} {command.summary}" for command in commands)
+    return "\n".join(f"  {command.name:<13} {command.summary}" for command in commands)
 
 
 class _Map(argparse.RawDescriptionHelpFormatter):
@@ -88,7 +84,7 @@ class _Map(argparse.RawDescriptionHelpFormatter):
 def _map() -> str:
     lines = ["groups (obdlab GROUP --help lists the group's commands and shows an example):"]
     for group in GROUPS:
-        lines.append(f"  {group.name:<12} {group.summary}")
+        lines.append(f"  {group.name:<13} {group.summary}")
         lines += textwrap.wrap(
             " ".join(group.names()),
             _WIDTH,
@@ -117,47 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handler = logging.StreamHandler()
     handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
-    try:
-        with _bounded_memory() if getattr(args, "bounded", True) else nullcontext():
-            status: int = args.run(args)
-        sys.stdout.flush()
-    except ObdlabError as error:
-        if interrupt_behind(error):  # cleaning up after Ctrl-C failed
-            print(f"{args.prog}: interrupted, and then: {printable_lines(str(error))}", file=sys.stderr)
-            return 130
-        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{args.prog}: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader of our output has ended
-        _drop_output()
-        return 141
-    except OSError as error:  # such as no room for our output
-        logging.getLogger(__name__).debug("%s", error, exc_info=True)
-        print(f"{args.prog}: {printable_lines(str(error))}{_root_hint(error)}", file=sys.stderr)
-        _drop_output()
-        return 1
-    return status
-
-
-def _bounded_memory() -> AbstractContextManager[None]:
-    from obdlab.cli.memorybound import bounded_memory
-
-    return bounded_memory()
-
-
-# Otherwise the interpreter would flush the buffer at its end, and fail again.
-def _drop_output() -> None:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _root_hint(error: Exception) -> str:
-    refused = caused_by(error, PermissionError)
-    return " (most commands need root)" if refused and os.geteuid() != 0 else ""
+    return reported(args.prog, lambda: args.run(args), bounded=getattr(args, "bounded", True))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -161,7 +162,7 @@ def opened_layers(source: Sequence[str], args: argparse.Namespace) -> Iterator[S
         with opened_disk(source, args) as disk:
             yield disk
         return
-    with open_disk(_names(source), settings_from(args)) as disk:
+    with open_disk(_names(source), partial(settings_from, args)) as disk:
         yield disk
 
 

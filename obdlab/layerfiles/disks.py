@@ -8,19 +8,17 @@ from typing import TYPE_CHECKING, cast
 
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, MAGIC, STRUCT_SIZE, Flags, Header, is_lsmt
-from obdlab.image.config import ImageConfig, UpperConfig
-from obdlab.image.open import open_image
 from obdlab.layers.lsmt import open_layer
-from obdlab.layers.stack import Stack
 from obdlab.layers.upper import open_upper
 from obdlab.localfile import LocalFile
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from obdlab.image.open import Image
     from obdlab.layers.lsmt import Layer
+    from obdlab.layers.stack import Stack
     from obdlab.settings.settings import Settings
 
 
@@ -46,22 +44,32 @@ def open_any_layer(path: str | os.PathLike[str], index_path: str | os.PathLike[s
 
 
 @contextmanager
-def open_disk(paths: Sequence[str | os.PathLike[str]], settings: Settings) -> Iterator[Stack]:
+def open_disk(paths: Sequence[str | os.PathLike[str]], settings: Callable[[], Settings]) -> Iterator[Stack]:
     """Open layers, bottom first, or the image of one ``config.v1.json``, as one disk for reading.
 
-    Lowers in a registry are read through the block cache; a writable layer is the top of the disk.
+    Lowers in a registry are read through the block cache, by the ``settings``, which are asked for only then; a
+    writable layer is the top of the disk.
     """
+    # Late imports: commands that open one layer, and are run once for each, do without registries and traces.
+    from obdlab.image.config import ImageConfig, UpperConfig
+    from obdlab.layers.stack import Stack
+
     with ExitStack() as opened:
         if len(paths) != 1 or not _is_json(paths[0]):
             yield Stack([opened.enter_context(closing(open_any_layer(path))) for path in paths])
             return
         config = ImageConfig.load(paths[0])
         layers: list[Layer] = []
-        if config.lowers or not config.upper.active:
+        files = [lower.local_file() for lower in config.lowers]
+        whole = not (config.acceleration_layer or any(lower.is_turbo for lower in config.lowers))
+        if files and whole and all(files):
+            layers += [opened.enter_context(closing(open_any_layer(file))) for file in files if file]
+        elif config.lowers or not config.upper.active:
+            from obdlab.image.open import open_image
+
             # Only a device's start writes the result file.
-            lowers = cast(
-                "Image", open_image(replace(config, upper=UpperConfig(), result_file=""), settings, traces=False)
-            )
+            below = replace(config, upper=UpperConfig(), result_file="")
+            lowers = cast("Image", open_image(below, settings(), traces=False))
             layers += lowers.layers
             opened.enter_context(lowers)
         if config.upper.active:

@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from obdlab.errors import SourceError
+from obdlab.errors import FormatError, SourceError
 from obdlab.formats.lsmt.index import HOLE, SegmentIndex, overlay
-from obdlab.formats.lsmt.layout import SECTOR
+from obdlab.formats.lsmt.layout import (
+    HEADER_SPACE,
+    RECORD_SIZE,
+    SECTOR,
+    STRUCT_SIZE,
+    Flags,
+    Header,
+    check_order,
+    decode_segments,
+    encode_segments,
+)
 from obdlab.formats.lsmt.segmentmap import SegmentMap
 from obdlab.formats.lsmt.warp import REMOTE
 from obdlab.layers.commit import commit
@@ -76,6 +86,26 @@ class TargetDisk(WritableStack):
 
     def _unmap(self, offset: int, length: int) -> None:
         self._mapped.remove(offset // SECTOR, -(-(offset + length) // SECTOR))
+
+    def saved_mapping(self) -> bytes:
+        """Return the mapped ranges as an index file: a header, and records with the target's tag."""
+        header = Header(flags=Flags.HEADER, virtual_size=self.size).to_bytes()
+        return header + encode_segments(self._mapped.to_segments())
+
+    def restore_mapping(self, data: bytes) -> None:
+        """Map the ranges that :meth:`saved_mapping` returned; of an empty file, none. Raises FormatError."""
+        if not data:
+            return
+        Header.from_bytes(data[:STRUCT_SIZE], blob=self.name)
+        if (len(data) - HEADER_SPACE) % RECORD_SIZE:
+            raise FormatError("index file ends inside a record", blob=self.name, got=len(data))
+        segments = decode_segments(data[HEADER_SPACE:])
+        check_order(segments, HEADER_SPACE, blob=self.name)
+        if len(segments) and int(segments.end_sectors[-1]) * SECTOR > self.size:
+            raise FormatError("index file maps sectors beyond the disk", blob=self.name, wanted=f"{self.size} bytes")
+        if not (segments.zeroed | (segments.tag == REMOTE)).all():
+            raise FormatError("index file has records of no target (made by the original's tools?)", blob=self.name)
+        self._mapped = SegmentMap.of(segments, join=True)
 
     def commit(self, sink: Sink) -> Committed:
         """Write the topmost layer as a warp layer, without UUIDs as the original does. Raises as :func:`commit`."""

@@ -23,7 +23,7 @@ from obdlab.registry.rangestream import RangeStream
 from obdlab.registry.redirects import redirected
 from obdlab.registry.reference import Reference, Repository
 from obdlab.registry.session import DELETE, PUSH, Session
-from obdlab.registry.upload import SLOWEST_UPLOAD, BlobSink
+from obdlab.registry.upload import CHUNK, SLOWEST_UPLOAD, BlobSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
@@ -428,9 +428,12 @@ class RegistryClient:
 
         return self._session.persist(attempt, blob=name, tries=_TRIES)
 
-    def push_stream(self, repository: Repository) -> BlobSink:
-        """Return a sink that uploads a blob in chunks while it is written, before its digest and size are known."""
-        return BlobSink(self._session, repository)
+    def push_stream(self, repository: Repository, *, chunk: int = CHUNK) -> BlobSink:
+        """Return a sink that uploads a blob in chunks while it is written, before its digest and size are known.
+
+        ``chunk`` is in bytes, at most 1 GiB.
+        """
+        return BlobSink(self._session, repository, chunk=chunk)
 
     def close(self) -> None:
         """Close idle connections. The client stays usable."""

@@ -94,6 +94,7 @@ def test_only_the_command_in_use_is_imported() -> None:
             "obdlab.cli.groups",
             "obdlab.cli.main",
             "obdlab.cli.oldnames",
+            "obdlab.cli.reporting",
         }
     of_images = {name for name in loaded["image", "ls", "x:/"] if name.startswith("obdlab.cli.image.")}
     assert "obdlab.cli.image.ls" in of_images

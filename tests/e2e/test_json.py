@@ -108,6 +108,7 @@ cache verify
 cache clear
 $ echo '{{}}' >settings.json
 config check settings.json
+install-tools tools
 cleanup --force :: 1
 """
 LAB = """

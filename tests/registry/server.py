@@ -74,17 +74,20 @@ def running_registry(
     port: int = 0,
     htpasswd: bool = False,
     auth: dict[str, object] | None = None,
+    tls: tuple[Path, Path, Path] | None = None,
     enter: tuple[str, ...] = (),
 ) -> Iterator[RegistryServer]:
     """Run docker-registry with its storage and log under ``directory``, and stop it at the end.
 
     With ``htpasswd`` it asks for basic authentication (``USER``, ``PASSWORD``); ``auth`` is its section on that, if
-    another is wanted. ``port`` 0 is a free one. ``enter`` stands before the command.
+    another is wanted. ``tls`` is its certificate, the key, and the CA that must have signed clients' certificates.
+    ``port`` 0 is a free one. ``enter`` stands before the command.
     """
     directory.mkdir(parents=True, exist_ok=True)
     for _ in range(_STARTS):  # a free port may be taken between finding and using it
-        process, server = _start(directory, f"{address}:{port or _free_port(address)}", htpasswd, auth, enter)
-        if _answers(process, server):
+        host = f"{address}:{port or _free_port(address)}"
+        process, server = _start(directory, host, htpasswd, auth, enter, tls)
+        if _listens(process, server) if tls else _answers(process, server):
             break
         _stop(process)
     else:
@@ -104,14 +107,22 @@ def registry_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Regist
 
 
 def _start(
-    directory: Path, host: str, htpasswd: bool, auth: dict[str, object] | None, enter: tuple[str, ...] = ()
+    directory: Path,
+    host: str,
+    htpasswd: bool,
+    auth: dict[str, object] | None,
+    enter: tuple[str, ...] = (),
+    tls: tuple[Path, Path, Path] | None = None,
 ) -> tuple[subprocess.Popen[bytes], RegistryServer]:
     storage, log = directory / "storage", directory / "registry.log"
+    http: dict[str, object] = {"addr": host, "secret": "tests only"}
+    if tls is not None:
+        http["tls"] = {"certificate": str(tls[0]), "key": str(tls[1]), "clientcas": [str(tls[2])]}
     config: dict[str, object] = {
         "version": "0.1",
         "log": {"level": "info", "formatter": "json", "accesslog": {"disabled": True}},
         "storage": {"filesystem": {"rootdirectory": str(storage)}, "delete": {"enabled": True}},
-        "http": {"addr": host, "secret": "tests only"},
+        "http": http,
     }
     if htpasswd:
         (directory / "htpasswd").write_text(_HTPASSWD)
@@ -143,6 +154,19 @@ def _answers(process: subprocess.Popen[bytes], server: RegistryServer) -> bool:
             time.sleep(0.02)
             continue
         # Somebody else's registry may have won the port.
+        return process.poll() is None
+    return False
+
+
+def _listens(process: subprocess.Popen[bytes], server: RegistryServer) -> bool:
+    address, _, port = server.host.rpartition(":")
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            socket.create_connection((address, int(port)), timeout=60).close()
+        except OSError:
+            time.sleep(0.02)
+            continue
         return process.poll() is None
     return False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from obdlab.errors import DeviceError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator
 
 
 def declare_attach(parser: argparse.ArgumentParser) -> None:
@@ -53,23 +55,37 @@ def declare_detach(parser: argparse.ArgumentParser) -> None:
 def run_attach(args: argparse.Namespace) -> int:
     """Attach; print the node, or the name of the iSCSI target."""
     need_root("makes a block device")
+    if args.iscsi:
+        with _reason_of_failure(args.config):
+            _export(args)
+        answer(args, {"id": args.id, "iscsi": args.iscsi}, args.iscsi)
+    else:
+        node = attach(args.id, args.config, args.live_id)
+        answer(args, {"id": args.id, "path": node}, node)
+    return 0
+
+
+def attach(device_id: str, config: Path, live_id: str = "") -> str:
+    """Make a TCMU device and its disk; return the disk's node. Raises DeviceError with the daemon's reason."""
+    need_root("makes a block device")
     from obdlab.devices.tcmu import configfs
+
+    with _reason_of_failure(config):
+        return str(configfs.attach(device_id, config, live_id=live_id))
+
+
+@contextmanager
+def _reason_of_failure(config: Path) -> Iterator[None]:
     from obdlab.server.tcmu.devconfig import failure_of, result_file
 
-    if not args.config.is_file():
-        raise DeviceError(f"{args.config}: no such file")
-    result_file(args.config.absolute()).unlink(missing_ok=True)  # left by an earlier attempt
+    if not config.is_file():
+        raise DeviceError(f"{config}: no such file")
+    result_file(config.absolute()).unlink(missing_ok=True)  # left by an earlier attempt
     try:
-        if args.iscsi:
-            _export(args)
-            answer(args, {"id": args.id, "iscsi": args.iscsi}, args.iscsi)
-        else:
-            node = str(configfs.attach(args.id, args.config, live_id=args.live_id))
-            answer(args, {"id": args.id, "path": node}, node)
+        yield
     except DeviceError as error:
-        reason = failure_of(args.config.absolute())
+        reason = failure_of(config.absolute())
         raise DeviceError(f"{error} ({reason})" if reason else str(error)) from error
-    return 0
 
 
 def _export(args: argparse.Namespace) -> None:

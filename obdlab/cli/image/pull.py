@@ -6,11 +6,11 @@ import os
 import signal
 import sys
 import time
-from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from obdlab.cli.common import add_registry_options, platform, registry_from
+from obdlab.cli.common import add_registry_options, platform
+from obdlab.cli.imageoptions import add_tls_options, image_client
 from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.progressbar import shown_bar
 from obdlab.observe.printable import printable
@@ -54,6 +54,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         help="(default: $CONTAINERD_NAMESPACE or %(default)s)",
     )
     add_registry_options(parser)
+    add_tls_options(parser, "TLS (wins over the settings file)")
     parser.set_defaults(run=_run)
 
 
@@ -69,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     reference = Reference.parse(args.reference)
     with (
         shown_bar("layers", 0, quiet=args.quiet, delay=0.2) as bar,
-        closing(registry_from(args)) as registry,
+        image_client(args) as registry,
         Containerd(args.address.removeprefix("unix://"), args.namespace) as containerd,
     ):
         result = rpull(

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if device is not None:
         before = LiveDevice(service, device.device_id).resize(args.vsize)
         if args.filesystem:
-            _grow_filesystem(device.path)
+            grow_filesystem(device.path)
     elif args.filesystem:
         raise DeviceError(f"{args.data}: no device of this run directory, so its file system cannot be grown")
     else:
@@ -72,8 +72,9 @@ def _resize_here(args: argparse.Namespace) -> int:
     return before
 
 
-# A mounted file system is known to be in order; an unmounted one must be checked first.
-def _grow_filesystem(device: Path) -> None:
+def grow_filesystem(device: Path) -> None:
+    """Grow the ext4 on a device to the device's size. Raises DeviceError."""
+    # A mounted file system is known to be in order; an unmounted one must be checked first.
     from obdlab.system.mount import mounts_of
 
     if not mounts_of(device):

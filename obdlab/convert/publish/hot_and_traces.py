@@ -170,7 +170,7 @@ def opened(
     """
     place = work_dir / "blobs"
     _check_one_file_system(source, manifest, place)
-    if client is None or source.place is None:
+    if client is None or not isinstance(source, RegistrySource):
         with ExitStack() as ended:
             yield Stack(fetched_layers(source, manifest, work_dir, progress or Silent(), ended))
         return

@@ -155,10 +155,12 @@ def test_every_platform_and_the_same_bytes_each_time(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
-def push(server: RegistryServer, layout: Path, name: str) -> tuple[str, oci.Descriptor]:
+def push(
+    server: RegistryServer, layout: Path, name: str, opened: RegistryClient | None = None
+) -> tuple[str, oci.Descriptor]:
     # Returns the name of a plain image in the registry, and the descriptor of its manifest.
     reference = f"{server.host}/{name}:v1"
-    with closing(RegistryClient()) as client:
+    with closing(opened or RegistryClient()) as client:
         repository = client.repository(Reference.parse(reference))
         source = ImageLayout(layout)
         (entry,) = source.select("latest")
