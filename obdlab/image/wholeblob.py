@@ -131,12 +131,14 @@ class _Download:
             if self._blob.hold():
                 try:
                     self._fetch()
+                except ObdlabError as failed:
+                    if caused_by(failed, CorruptBlobError):  # the digest is known only after the last byte
+                        self._blob.evict(0, self._blob.size)
+                    raise
                 finally:
                     self._blob.let_go()
             error = None
         except ObdlabError as failed:
-            if caused_by(failed, CorruptBlobError):  # the digest is known only after the last byte
-                self._blob.evict(0, self._blob.size)
             logger.warning("%s: not fetched whole: %s", self._blob.name, failed)
             error = failed
         finally:
