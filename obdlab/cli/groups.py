@@ -169,6 +169,7 @@ example: record a start, look at it, publish the image with a hot layer made of 
         Command("start", "record a device in use until trace stop", ".trace.record:declare_start"),
         Command("stop", "end a recording, and write the trace", ".trace.record:declare_stop"),
         Command("suggest", "derive a trace of a start without running it", ".trace.suggest_command:declare"),
+        Command("learn", "learn from recorded traces what starts read", ".trace.learn_command:declare"),
         Command("show", "print a trace", ".trace.sets_command:declare_show"),
         Command("merge", "make one trace of several runs", ".trace.sets_command:declare_merge"),
         Command("diff", "compare two traces; status 1 if they differ", ".trace.sets_command:declare_diff"),

@@ -1,87 +1,75 @@
 """A trace that is derived, not recorded: the likely reads of a start, by the image's own configuration.
 
-Programs of the entrypoint and command are found as execve finds them, with scripts' interpreters, the loader, the
-libraries along the loader's search path, and the files that libc and some run-time systems read first. The
-disk is read as the kernel will read it, so directories and inodes on the way become part of the trace.
+Programs of the entrypoint and command are found as execve finds them, with scripts' interpreters and the commands in
+scripts, the loader, the libraries along the loader's search path, the imports of sources, and files that programs and
+configurations name. A profile learned from other images' traces adds files that no text names, and says which part of
+a file is read. The metadata on the way becomes part of the trace.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
-import stat
-import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from obdlab.errors import FormatError
-from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.trace import Trace
+from obdlab.traces.imagefiles import MAX_FILES, ImageFiles
+from obdlab.traces.languages import MAX_SOURCE, Language, language_of
 from obdlab.traces.replay import reads_of_disk
+from obdlab.traces.scripts import MAX_TEXT, commands_in, is_shell, is_wrapper, names_in, search_paths, unwrapped
 from obdlab.traces.sets import unique
-from obdlab.volumes.detect import FileTree, NoSuchFileError
 from obdlab.volumes.elf import MAGIC, read_linked
-from obdlab.volumes.noting import NotedDisk
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from obdlab.layers.stack import Stack
+    from obdlab.traces.profile import Chosen, Profile
     from obdlab.volumes.elf import Linked
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# Bounds on the work for one image. A start of a large application loads some 200 programs and libraries.
-_MAX_FILES = 1024
-_MAX_LOOKUPS = 1 << 15
+# Bounds on the work for one image.
+_MAX_LIBRARIES = 1024
 _MAX_WORDS = 64
-_MAX_TEXT = 4096
+_MAX_LINE = 4096
 _MAX_DIRECTORIES = 64
 _MAX_INCLUDES = 64
+_MAX_PROGRAM = 64 << 20
 #: Larger files are read in part by a start: their head, and of programs the parts that the loader writes to.
-WHOLE_SIZE = 2 << 20
+WHOLE_SIZE = 4 << 20
+PROGRAM_SIZE = 64 << 20
 _HEAD = 128 << 10
 # The kernel looks this far for a script's interpreter.
 _TEXT_HEAD = 256
-# Bytes read of one disk: directories are read again for each path through them.
-_MAX_READ = 1 << 30
-#: A directory is looked through again for each path in it, so bytes alone do not bound the time of a hostile image.
-_MAX_S = 120.0
+# Files that a text or program merely names are likely read only if they are no larger.
+_NAMED_SIZE = 256 << 10
 
 _LIBC_FILES = ("/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/localtime")
 _LOCALE_FILES = ("/usr/lib/locale/locale-archive", "/usr/lib/locale/C.utf8/LC_CTYPE")
 _TRIPLES = {"EM_X86_64": "x86_64-linux-gnu", "EM_AARCH64": "aarch64-linux-gnu", "EM_386": "i386-linux-gnu"}
 _DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/local/lib")
-_PYTHON = re.compile(rb"(.*)/bin/python(3\.(\d{1,2}))")
-# Modules that CPython imports before the program's first line.
-_PYTHON_START = (
-    *("encodings/__init__", "encodings/aliases", "encodings/utf_8", "codecs", "io", "abc", "site", "os", "stat"),
-    *("_collections_abc", "posixpath", "genericpath", "_sitebuiltins"),
-)
-_JAVA = re.compile(rb"(.*)/bin/java")
-_JAVA_START = (
-    "jvm.cfg",
-    "libjli.so",
-    "server/libjvm.so",
-    "server/classes.jsa",
-    "libjava.so",
-    "libjimage.so",
-    "modules",
-)
+# Paths in a program's data.
+_NAMED = re.compile(rb"/(?:etc|usr/share|usr/lib|usr/local|var/lib|opt|srv)/[\w./+-]{2,200}")
 
 
 @dataclass(frozen=True, slots=True)
 class Suggested:
-    """A trace of the start that is likely, the files it is of in order, and paths or reasons that were left out."""
+    """A trace of the start that is likely, the files it is of in order, and paths or reasons that were left out.
+
+    ``followed`` are the files that rules found, without those that only a profile named.
+    """
 
     trace: Trace
     files: tuple[bytes, ...]
     left_out: tuple[str, ...]
+    followed: tuple[bytes, ...]
 
 
-def suggest(disk: Stack, document: Mapping[str, Any]) -> Suggested:
+def suggest(disk: Stack, document: Mapping[str, Any], profile: Profile | None = None) -> Suggested:
     """Return the likely reads of a start of the image on ``disk`` with the image config ``document``.
 
     Raises FormatError for an unknown or damaged file system, and the errors of reading the disk. Programs that are
@@ -89,116 +77,253 @@ def suggest(disk: Stack, document: Mapping[str, Any]) -> Suggested:
     """
     start = _Start(disk)
     start.follow(document)
-    reads = (read for begin, end in start.ranges for read in reads_of_disk(disk, begin, end - begin))
-    return Suggested(unique(Trace.from_reads(reads)), tuple(start.files), tuple(start.left_out))
+    found = list(start.files)
+    chosen: Mapping[bytes, Chosen] = {}
+    if profile is not None and found:
+        chosen = profile.choose(found, start.image)
+        start.load_needed(path for path, each in chosen.items() if each.ranges)
+        # The libraries that chosen files need are followed now: judge them as such.
+        chosen = profile.choose(start.files, start.image, found)
+    start.note(chosen)
+    reads = (read for begin, end in start.image.ranges for read in reads_of_disk(disk, begin, end - begin))
+    return Suggested(unique(Trace.from_reads(reads)), tuple(start.noted), tuple(start.left_out), tuple(found))
 
 
 class _Start:
-    # Follows one start. `files` has the real paths of the files met, `ranges` the bytes of the disk in order.
+    # Follows one start. `files` has the real paths of the files met in order, with the ranges of their likely reads.
     def __init__(self, disk: Stack) -> None:
-        self.ranges: list[tuple[int, int]] = []
-        self.files: dict[bytes, None] = {}
+        self.image = ImageFiles(disk)
+        self.files: dict[bytes, list[tuple[int, int]]] = {}
+        self.noted: list[bytes] = []
         self.left_out: list[str] = []
-        self._name = disk.name
-        self._left = _MAX_READ
-        self._deadline = time.monotonic() + _MAX_S
-        self._disk = NotedDisk(disk, self._noted)
-        self._tree = FileTree(self._disk)
-        self._lookups = 0
-        self._found: dict[bytes, bytes | None] = {}
-
-    def _noted(self, begin: int, end: int) -> None:
-        self._left -= end - begin
-        if self._left < 0:
-            raise FormatError("start takes too many reads", blob=self._name, wanted=f"at most {_MAX_READ} bytes")
-        if time.monotonic() > self._deadline:
-            raise FormatError("start takes too long to follow", blob=self._name, wanted=f"at most {_MAX_S:g} s")
-        self.ranges.append((begin, end))
+        self._system: tuple[bytes, ...] = ()
+        # Sources and texts that were looked through, each by its language or none.
+        self._seen: set[tuple[bytes, type[Language] | None]] = set()
 
     def follow(self, document: Mapping[str, Any]) -> None:
         config = document.get("config")
         config = config if isinstance(config, dict) else {}
-        environment = dict(each.partition("=")[::2] for each in _texts(config.get("Env")))
-        path = environment.get("PATH") or _PATH
+        self._variables = dict(each.partition("=")[::2] for each in _texts(config.get("Env")))
+        self._path = (self._variables.get("PATH") or _PATH).split(":")[:_MAX_DIRECTORIES]
         directory = config.get("WorkingDir")
-        place = directory if isinstance(directory, str) and directory.startswith("/") else "/"
-        self._system: tuple[bytes, ...] = ()
-        preload = environment.get("LD_LIBRARY_PATH", "")
-        self._environment = _directories(os.fsencode(preload), b"/")
-        for program in _programs(config):
-            found = self._program(program, path.split(":")[:_MAX_DIRECTORIES], place)
-            if found is None:
-                self.left_out.append(f"{program}: missing")
-            else:
-                self._load(found)
+        self._place = directory if isinstance(directory, str) and directory.startswith("/") else "/"
+        self._environment = _directories(os.fsencode(self._variables.get("LD_LIBRARY_PATH", "")), b"/")
+        for words in _commands(config):
+            self._run(words)
         if self.files:
             for name in (*_LIBC_FILES, *_LOCALE_FILES):
                 self._add(name.encode())
 
+    # Adds the libraries that files which a profile chose need.
+    def load_needed(self, paths: Iterable[bytes]) -> None:
+        for path in list(paths):
+            if path in self.files or self.image.is_directory(path):
+                continue
+            if self.image.read(path, 0, len(MAGIC)) == MAGIC:
+                self._load(path)
+
+    # Notes what was found; of files that a profile knows, the parts that it has seen read.
+    def note(self, chosen: Mapping[bytes, Chosen]) -> None:
+        for path, ranges in self.files.items():
+            other = chosen.get(path)
+            if other is None:
+                self._note(path, ranges)
+            elif other.ranges:
+                self._note(path, other.ranges)
+        more = sorted(
+            (other.order, path) for path, other in chosen.items() if path not in self.files and other.ranges
+        )
+        for _, path in more[: MAX_FILES - len(self.noted)]:
+            if self.image.is_directory(path):
+                self.image.open_directory(path)
+            else:
+                self._note(path, chosen[path].ranges)
+
+    def _note(self, path: bytes, ranges: Iterable[tuple[int, int]]) -> None:
+        self.noted.append(path)
+        self.image.open(path)
+        for begin, end in ranges:
+            self.image.note(path, begin, end)
+
     # Returns the real path of a program, as execvp looks for it.
-    def _program(self, name: str, path: Sequence[str], place: str) -> bytes | None:
+    def _program(self, name: str, path: Sequence[str]) -> bytes | None:
         if "/" in name:
-            return self._real(os.fsencode(os.path.join(place, name)))
-        found = (self._real(os.fsencode(os.path.join(place, each, name))) for each in path)
+            return self.image.real(os.fsencode(os.path.join(self._place, name)))
+        found = (self.image.search(os.fsencode(os.path.join(self._place, each, name))) for each in path)
         return next((each for each in found if each is not None), None)
 
-    def _real(self, path: bytes) -> bytes | None:
-        if path in self._found:
-            return self._found[path]
-        self._lookups += 1
-        if self._lookups > _MAX_LOOKUPS or b"\0" in path or len(path) > _MAX_TEXT:
-            return None
-        try:
-            found: bytes | None = self._tree.real_path(path)
-            if found is not None and not stat.S_ISREG(self._tree.inode(self._tree.find(found)).mode):
-                found = None
-        except NoSuchFileError:
-            found = None
-        self._found[path] = found
-        return found
+    # Follows a command line of the image's configuration, whose program must be there.
+    def _run(self, words: Sequence[str]) -> None:
+        if self._command(words) is None:
+            self.left_out.append(f"{words[0]}: missing")
+
+    def _command(self, words: Sequence[str]) -> bytes | None:
+        first = None
+        for number, each in enumerate(unwrapped(list(words[:_MAX_WORDS]))):
+            program = self._program(each[0], self._path)
+            if number == 0:
+                first = program
+            if program is not None:
+                self._load(program)
+            self._arguments(program, each[1:])
+        return first
+
+    def _arguments(self, program: bytes | None, words: Sequence[str]) -> None:
+        language = language_of(self.image, program, self._variables) if program is not None else None
+        for option, text in pairwise(["", *words]):
+            if option == "-c" and language is None:
+                self._shell(text[:_MAX_LINE])
+            for part in (text, text.partition("=")[2]):
+                for name in part.split(":")[:_MAX_DIRECTORIES] if len(part) <= _MAX_LINE else ():
+                    if "/" not in name and "." not in name:
+                        continue
+                    found = self.image.real(os.fsencode(os.path.join(self._place, name)))
+                    if found is not None:
+                        self._source(found, language)
+
+    def _shell(self, text: str) -> None:
+        for directory in search_paths(text):
+            if directory not in self._path and len(self._path) < 2 * _MAX_DIRECTORIES:
+                self._path.insert(0, directory)
+        for words in commands_in(text):
+            if words[0] == "source":
+                found = self.image.real(os.fsencode(os.path.join(self._place, words[1])))
+                if found is not None:
+                    self._add(found)
+                    self._shell_file(found)
+            elif not is_wrapper(words[0]) or len(words) > 1:
+                self._command(words)
+
+    def _shell_file(self, path: bytes) -> None:
+        if (path, None) not in self._seen:
+            self._seen.add((path, None))
+            self._shell(self.image.read(path, 0, MAX_TEXT).decode(errors="surrogateescape"))
 
     # Adds a program with all that it loads: breadth first, as the loader does.
     def _load(self, program: bytes) -> None:
         pending: deque[tuple[bytes, bytes]] = deque([(program, b"")])  # with the rpaths of those that load it
         while pending:
             path, inherited = pending.popleft()
-            if path in self.files or not self._add(path):
+            if not self._add(path):
                 continue
-            head = self._read(path, 0, _TEXT_HEAD)
+            head = self.image.read(path, 0, _TEXT_HEAD)
             if head.startswith(b"#!"):
-                pending += ((each, b"") for each in self._interpreters(head))
+                self._script(path, head)
             elif head.startswith(MAGIC):
                 pending += self._linked(path, inherited)
                 self._run_time(path)
+        head = self.image.read(program, 0, len(MAGIC))
+        if head == MAGIC and (program, None) not in self._seen:
+            self._seen.add((program, None))
+            self._named(program)
 
-    def _interpreters(self, head: bytes) -> Iterator[bytes]:
-        words = head[2:].split(b"\n")[0].split()[:4]
+    def _script(self, path: bytes, head: bytes) -> None:
+        words = [os.fsdecode(word) for word in head[2:].split(b"\n")[0].split()[:4]]
         for number, word in enumerate(words):
-            if number and os.path.basename(words[0]) != b"env":
+            if number and os.path.basename(words[0]) != "env":
                 break
-            if not word.startswith(b"-"):
-                found = self._program(os.fsdecode(word), _PATH.split(":"), "/")
-                if found is not None:
-                    yield found
+            if word.startswith("-"):
+                continue
+            found = self._program(word, _PATH.split(":"))
+            if found is not None:
+                self._load(found)
+                if is_shell(os.path.basename(word)):
+                    self._shell_file(path)
+                else:
+                    self._source(path, language_of(self.image, found, self._variables))
+
+    # Files that a program names in its data: configurations, most of all.
+    def _named(self, program: bytes) -> None:
+        data = self.image.read(program, 0, _MAX_PROGRAM)
+        for name in list(dict.fromkeys(match[0] for match in _NAMED.finditer(data)))[:_MAX_LIBRARIES]:
+            found = self.image.real(name)
+            if found is not None and self.image.size(found) <= _NAMED_SIZE:
+                self._configuration(found)
+
+    def _run_time(self, path: bytes) -> None:
+        language = language_of(self.image, path, self._variables)
+        if language is not None:
+            for each in language.start():
+                self._source(each, language)
+
+    # Adds a source or text with the files that it loads or names.
+    def _source(self, path: bytes, language: Language | None) -> None:
+        pending = deque([path])
+        while pending:
+            source = pending.popleft()
+            key = (source, type(language) if language else None)
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            if len(self.files) >= MAX_FILES:
+                break
+            self._add(language.stored(source) if language is not None else source)
+            head = self.image.read(source, 0, _TEXT_HEAD)
+            if head.startswith(MAGIC):
+                self._load_again(source)
+            elif language is not None:
+                pending += language.needed(source, self.image.read(source, 0, MAX_SOURCE))
+            else:
+                self._seen.discard(key)
+                self._configuration(source)
+
+    # A library that an interpreter opens: added before, so that its own ones remain.
+    def _load_again(self, path: bytes) -> None:
+        for each, _ in list(self._linked(path, b"")):
+            self._load(each)
+
+    # Adds a text with the files that it names, and the texts among these in their turn.
+    def _configuration(self, path: bytes) -> None:
+        pending = deque([path])
+        while pending:
+            text = pending.popleft()
+            if (text, None) in self._seen:
+                continue
+            self._seen.add((text, None))
+            self._add(text)
+            data = self.image.read(text, 0, MAX_TEXT)
+            if data.startswith(MAGIC):
+                self._load_again(text)
+                self._run_time(text)
+            elif b"\0" not in data and self.image.size(text) <= MAX_TEXT:
+                for name in names_in(data):
+                    pending += self._files_named(name, os.path.dirname(text))
+
+    def _files_named(self, name: bytes, here: bytes) -> Iterator[bytes]:
+        full = os.path.join(here, name)
+        if b"*" in name:
+            directory, pattern = os.path.split(full)
+            if b"*" not in directory:
+                begin, _, end = pattern.partition(b"*")
+                listed = [
+                    each for each in self.image.names(directory) if each.startswith(begin) and each.endswith(end)
+                ]
+                names = [directory + b"/" + each for each in listed[:_MAX_INCLUDES]]
+            else:
+                names = []
+        else:
+            names = [full]
+        for each in names:
+            found = self.image.real(each)
+            if found is not None and (self.image.size(found) <= _NAMED_SIZE or found.endswith(b".so")):
+                yield found
 
     def _linked(self, path: bytes, inherited: bytes) -> Iterator[tuple[bytes, bytes]]:
-        number = self._tree.find(path)
-        size = self._tree.inode(number).size
+        size = self.image.size(path)
         try:
-            linked = read_linked(lambda at, length: self._read(path, at, length), size, name=os.fsdecode(path))
+            linked = read_linked(lambda at, length: self.image.read(path, at, length), size, name=os.fsdecode(path))
         except FormatError as error:
             self.left_out.append(str(error))
             return
-        if size > WHOLE_SIZE:
-            for begin, end in linked.written:
-                self._note(path, begin, min(end, begin + WHOLE_SIZE))
+        if size > self._whole_size(path):
+            self.files[path] += [(begin, min(end, begin + WHOLE_SIZE)) for begin, end in linked.written]
         if linked.interpreter:
-            found = self._real(linked.interpreter)
+            found = self.image.real(linked.interpreter)
             if found is not None:
                 yield found, b""
             self._add(b"/etc/ld.so.cache")
         rpath = b"" if linked.runpath else b":".join(filter(None, (linked.rpath, inherited)))
-        for name in linked.needed[:_MAX_FILES]:
+        for name in linked.needed[:_MAX_LIBRARIES]:
             found = self._library(name, linked, rpath, os.path.dirname(path))
             if found is None:
                 self.left_out.append(f"{os.fsdecode(name)}: missing, needed by {os.fsdecode(path)}")
@@ -208,7 +333,7 @@ class _Start:
     # The order is that of ld.so(8). ld.so.cache stands for the directories of ld.so.conf and the default ones.
     def _library(self, name: bytes, linked: Linked, rpath: bytes, origin: bytes) -> bytes | None:
         if b"/" in name:
-            return self._real(name)
+            return self.image.real(name)
         triple = _TRIPLES.get(linked.machine, "")
         defaults = [f"{each}/{triple}".encode() for each in ("/lib", "/usr/lib")] if triple else []
         defaults += [each.encode() for each in _DIRECTORIES]
@@ -221,93 +346,52 @@ class _Start:
             *self._system,
             *defaults,
         ):
-            found = self._real(directory + b"/" + name)
+            found = self.image.real(directory + b"/" + name)
             # ld.so goes on behind a library for other processors.
-            if found is not None and self._read(found, 0, len(linked.ident)) == linked.ident:
+            if found is not None and self.image.read(found, 0, len(linked.ident)) == linked.ident:
                 return found
         return None
 
-    # Yields the directories of ld.so.conf, without noting the reads: a start reads ld.so.cache in its place.
+    # Yields the directories of ld.so.conf. A start reads ld.so.cache in its place.
     def _configured(self) -> Iterator[bytes]:
-        noted = len(self.ranges)
-        try:
-            names = [b"/etc/ld.so.conf"]
-            listed = self._tree.entries(self._tree.find(b"/etc/ld.so.conf.d"))
-            names += [b"/etc/ld.so.conf.d/" + each for each in listed if each.endswith(b".conf")][:_MAX_INCLUDES]
-        except NoSuchFileError:
-            pass
+        listed = [each for each in self.image.names(b"/etc/ld.so.conf.d") if each.endswith(b".conf")]
+        names = [b"/etc/ld.so.conf", *(b"/etc/ld.so.conf.d/" + each for each in listed[:_MAX_INCLUDES])]
         found = []
         for name in names:
-            real = self._real(name)
-            text = self._read(real, 0, _MAX_TEXT) if real is not None else b""
+            real = self.image.real(name)
+            text = self.image.read(real, 0, _MAX_LINE) if real is not None else b""
             found += [line.strip() for line in text.splitlines() if line.strip().startswith(b"/")]
-        del self.ranges[noted:]
         yield from found[:_MAX_DIRECTORIES]
 
-    def _run_time(self, path: bytes) -> None:
-        python, java = _PYTHON.fullmatch(path), _JAVA.fullmatch(path)
-        if python:
-            prefix, version, minor = (each.decode(errors="surrogateescape") for each in python.groups())
-            for module in _PYTHON_START:
-                directory, _, name = f"{prefix}/lib/python{version}/{module}".rpartition("/")
-                self._add(os.fsencode(f"{directory}/{name}.py"))
-                self._add(os.fsencode(f"{directory}/__pycache__/{name}.cpython-3{minor}.pyc"))
-        elif java:
-            for name in _JAVA_START:
-                self._add(java[1] + b"/lib/" + name.encode())
-
-    # Notes a file's data; returns False if it is missing or there are too many.
+    # Adds a file; returns False if it is missing, there before, or one too many.
     def _add(self, name: bytes) -> bool:
-        path = self._real(name)
+        path = self.image.real(name)
         if path is None or path in self.files:
             return False
-        if len(self.files) >= _MAX_FILES:
-            self.left_out.append(f"{os.fsdecode(path)}: more than {_MAX_FILES} files")
+        if len(self.files) >= MAX_FILES:
+            if len(self.left_out) <= MAX_FILES:
+                self.left_out.append(f"{os.fsdecode(path)}: more than {MAX_FILES} files")
             return False
-        self.files[path] = None
-        size = self._tree.inode(self._tree.find(path)).size
-        self._note(path, 0, size if size <= WHOLE_SIZE else _HEAD)
+        size = self.image.size(path)
+        self.files[path] = [(0, size if size <= self._whole_size(path) else _HEAD)]
         return True
 
-    def _pieces(self, path: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        volume: Any = self._tree.volume
-        for at, length, place in volume.places(self._tree.inode(self._tree.find(path))):
-            first, last = max(begin, at), min(end, at + length)
-            if first < last:
-                yield first, last, place + first - at
-
-    def _note(self, path: bytes, begin: int, end: int) -> None:
-        for first, last, place in self._pieces(path, begin, end):
-            stop = place + last - first
-            self.ranges.append((place // SECTOR * SECTOR, -(-stop // SECTOR) * SECTOR))
-
-    # Returns bytes of a file with holes as zeros; less at its end.
-    def _read(self, path: bytes, offset: int, length: int) -> bytes:
-        size = self._tree.inode(self._tree.find(path)).size
-        data = bytearray(max(0, min(length, size - offset)))
-        for first, last, place in self._pieces(path, offset, offset + len(data)):
-            data[first - offset : last - offset] = self._disk.read_at(place, last - first)
-        return bytes(data)
+    # Of programs and of the libraries that they are made of, most is read.
+    def _whole_size(self, path: bytes) -> int:
+        return PROGRAM_SIZE if self.image.read(path, 0, len(MAGIC)) == MAGIC else WHOLE_SIZE
 
 
 def _texts(value: object) -> list[str]:
     return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
 
 
-# An entrypoint is often a script that ends in exec "$@": the command's first word is a program, too.
-def _programs(config: Mapping[str, Any]) -> list[str]:
-    found: dict[str, None] = {}
-    for words in (_texts(config.get("Entrypoint")), _texts(config.get("Cmd"))):
-        if words and words[0] and not words[0].startswith("-"):
-            found[words[0]] = None
-        for option, text in pairwise(words):
-            if option == "-c" and len(text) <= _MAX_TEXT:
-                try:
-                    inner = shlex.split(text, comments=True)
-                except ValueError:  # an open quote: the shell will complain
-                    continue
-                found |= dict.fromkeys(each for each in inner[:2] if each and each != "exec" and each[0] not in "-$")
-    return list(found)[:_MAX_WORDS]
+# An entrypoint is often a script that ends in exec "$@": the command is a command line of its own, too.
+def _commands(config: Mapping[str, Any]) -> Iterator[list[str]]:
+    entrypoint, command = _texts(config.get("Entrypoint")), _texts(config.get("Cmd"))
+    if entrypoint and entrypoint[0] and not entrypoint[0].startswith("-"):
+        yield [*entrypoint, *command]
+    if command and command[0] and not command[0].startswith("-") and command[0] != (entrypoint or [""])[0]:
+        yield command
 
 
 def _directories(paths: bytes, origin: bytes) -> list[bytes]:

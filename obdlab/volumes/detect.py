@@ -74,9 +74,12 @@ class FileTree:
     Raises FormatError, here and in every method, for a damaged or unknown file system, and the disk's own errors.
     """
 
-    def __init__(self, disk: Blob) -> None:
+    def __init__(self, disk: Blob, *, keep_names: int = 0) -> None:
+        """Open the file system. Up to ``keep_names`` names of directories are kept, so that these are read once."""
         self.name = disk.name
-        self._disk = disk
+        self.disk = disk
+        self._keep_left = keep_names
+        self._kept: dict[int, dict[bytes, tuple[int, int]]] = {}
         #: The opened volume, for features that only one kind of file system has.
         self.volume = volume = open_volume(disk)
         # Each volume's methods take only its own inodes, and get no others here.
@@ -90,7 +93,7 @@ class FileTree:
 
     def entries(self, number: int) -> dict[bytes, int]:
         """Return a directory's files by name, in order of names."""
-        found = self._volume.entries(number)
+        found = self._entries(number)
         for name in found:
             if name in _NOT_NAMES or b"/" in name or b"\0" in name:
                 raise FormatError("directory with an impossible name", blob=self.name, got=name[:80])
@@ -150,12 +153,21 @@ class FileTree:
         for at, length, place in self._volume.places(inode):
             end = min(at + length, inode.size)
             for offset in range(at, end, _PIECE):
-                yield offset, self._disk.read_at(place + offset - at, min(_PIECE, end - offset))
+                yield offset, self.disk.read_at(place + offset - at, min(_PIECE, end - offset))
+
+    def _entries(self, number: int) -> dict[bytes, tuple[int, int]]:
+        found = self._kept.get(number)
+        if found is None:
+            found = self._volume.entries(number)
+            if len(found) < self._keep_left:
+                self._keep_left -= len(found) + 1
+                self._kept[number] = found
+        return found
 
     def _child(self, directory: int, name: bytes, path: bytes) -> int:
         if not self.inode(directory).is_directory:
             raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ENOTDIR)} (in the image)")
-        found = self._volume.entries(directory).get(name)
+        found = self._entries(directory).get(name)
         if found is None:
             raise NoSuchFileError(f"{_text(path)}: {os.strerror(errno.ENOENT)} (in the image)")
         return found[0]

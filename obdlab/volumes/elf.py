@@ -26,7 +26,7 @@ MAGIC = b"\x7fELF"
 _MAX_SEGMENTS = 256
 _MAX_TAGS = 4096
 _MAX_NAME = 4096
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 8 << 20
 _MALFORMED = (
     *(ELFError, ArithmeticError, AssertionError, AttributeError, LookupError),
     *(MemoryError, RecursionError, TypeError, ValueError),

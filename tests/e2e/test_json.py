@@ -87,7 +87,8 @@ trace merge trace other -o merged
 trace diff trace other :: 0 1
 trace filter trace -o filtered --unique
 trace files trace {_IMAGE}
-trace suggest {_IMAGE} -o suggested
+trace learn --example {_IMAGE} trace -o profile
+trace suggest {_IMAGE} -o suggested --profile profile
 trace transplant trace {_IMAGE} oci:erofs:1 -o moved
 trace timeline events {_IMAGE}
 trace import events {_IMAGE} -o imported

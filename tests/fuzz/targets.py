@@ -60,6 +60,7 @@ from obdlab.registry.reference import Reference
 from obdlab.registry.tls import TLSOptions, tls_of_host
 from obdlab.settings.original import parse as parse_settings
 from obdlab.settings.settings import Settings
+from obdlab.traces.profile import File, Profile, Read
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
@@ -573,6 +574,21 @@ def _priority_list(data: bytes) -> None:
     PriorityList.from_bytes(data)
 
 
+def _profile(data: bytes) -> None:
+    # Compressed, or nearly everything would be refused for that.
+    profile = Profile.from_bytes(zstandard.ZstdCompressor().compress(data))
+    assert Profile.from_bytes(profile.to_bytes()).files == profile.files
+    for file in profile.files:
+        for read in file.reads:
+            list(read.ranges())
+
+
+def _profile_seeds() -> list[bytes]:
+    file = File("/usr/bin/a1", [0, 1], [1], [Read(1, 9000, 5, [0, 1, 1, 1])])
+    made = Profile(["one", "two"], [file], made="so").to_bytes()
+    return [zstandard.ZstdDecompressor().decompress(made, max_output_size=1 << 20)]
+
+
 TARGETS = {
     "nbd": Target(_nbd, _nbd_seeds),
     "tcmu-ring": Target(_tcmu_ring, tcmu.ring_seeds),
@@ -611,6 +627,7 @@ TARGETS = {
     "bolt": Target(_bolt, lambda: [bolt_file(snapshots()), bolt_file(snapshots(1))]),
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
+    "profile": Target(_profile, _profile_seeds),
     "priority-list": Target(_priority_list, lambda: [b"/bin/sh\n/usr/lib/\n/opt/x*\n"]),
 }
 

@@ -18,7 +18,7 @@ from obdlab.formats import oci
 from obdlab.formats.trace import Trace
 from obdlab.layerfiles.disks import open_disk
 from obdlab.settings.settings import Settings
-from obdlab.traces import likely
+from obdlab.traces import imagefiles
 from obdlab.traces.likely import Suggested, suggest
 from obdlab.traces.sectors import sectors_of_reads
 from obdlab.traces.sets import coverage
@@ -165,11 +165,11 @@ def test_damaged_programs_end_in_a_format_error_or_in_names(changes: list[tuple[
     assert len(found.needed) <= 4096
 
 
-@pytest.mark.parametrize(("bound", "reason"), [("_MAX_S", "takes too long"), ("_MAX_READ", "too many reads")])
+@pytest.mark.parametrize(("bound", "reason"), [("MAX_S", "takes too long"), ("MAX_READ", "too many reads")])
 def test_the_work_for_one_image_is_bounded(
     place: Place, monkeypatch: pytest.MonkeyPatch, bound: str, reason: str
 ) -> None:
-    monkeypatch.setattr(likely, bound, -1)
+    monkeypatch.setattr(imagefiles, bound, -1)
     with pytest.raises(FormatError, match=reason):
         place.suggested(Entrypoint=["/usr/bin/env"])
 

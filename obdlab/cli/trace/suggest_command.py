@@ -17,18 +17,23 @@ from obdlab.observe.printable import printable
 if TYPE_CHECKING:
     import argparse
 
+    from obdlab.traces.profile import Profile
+
 
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     parser.description = (
-        "Writes a trace of the likely reads of a start of IMAGE, without running it: the programs of its entrypoint "
-        "and command, their interpreters and libraries, and the files that the loader, libc, Python and Java read "
-        "first. Files that the program itself opens later are not found. "
+        "Writes a trace of the likely reads of a start of IMAGE, without running it: the programs of its entrypoint, "
+        "command and scripts, their interpreters, libraries, imports and configurations, and files that "
+        "starts of other images read, by a profile learned from their traces. "
         "Example: obdlab trace suggest registry.example/redis:7-obd -o redis.trace"
     )
     parser.add_argument("image", metavar="IMAGE", help="an overlaybd image, by a name with its image config")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
     parser.add_argument("--platform", metavar="OS/ARCH[/VARIANT]", type=platform, help="default: this machine's")
+    parser.add_argument(
+        "--profile", metavar="FILE", help='made by trace learn, or "none" (default: that of this package)'
+    )
     add_json_option(parser)
     add_runtime_options(parser)
     add_source_options(parser)
@@ -43,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.convert.publish.hot_and_traces import opened
     from obdlab.traces.likely import suggest
 
+    profile = _profile(args.profile)
     with (
         closing(registry_from(args)) as client,
         closing(open_source(args.image, client, containerd=args.containerd)) as source,
@@ -51,10 +57,22 @@ def run(args: argparse.Namespace) -> int:
         manifest = manifest_of(source, args.platform)
         document = source.config(manifest).document
         with opened(source, manifest, settings_from(args), client, Path(directory), None) as disk:
-            found = suggest(disk, document)
+            found = suggest(disk, document, profile)
     files = [os.fsdecode(path) for path in found.files]
     save_trace(args, found.trace, files=files, left_out=list(found.left_out))
     if not args.json:
         for reason in found.left_out[:10]:
             print(f"  left out: {printable(reason)}", file=sys.stderr)
     return 0
+
+
+def _profile(name: str | None) -> Profile | None:
+    from obdlab.localfile import LocalFile
+    from obdlab.traces.profile import MAX_SIZE, Profile, own_profile
+
+    if name is None:
+        return own_profile()
+    if name == "none":
+        return None
+    with LocalFile(name) as file:
+        return Profile.from_bytes(file.read_at(0, min(file.size, MAX_SIZE + 1)), name=name)
