@@ -118,6 +118,7 @@ example: a writable layer, used as a disk, then stored as one compact layer
   obdlab layer inspect layer.obd --verify""",
     (
         Command("create", "make an empty writable layer", ".layer.create:declare"),
+        Command("apply", "apply a layer's tar to an image's writable layer", ".layer.apply_command:declare"),
         Command("commit", "write a layer as a compact, sealed layer file", ".layer.commit_command:declare"),
         Command("seal", "turn a writable layer into a sealed one in place", ".layer.seal_command:declare"),
         Command("merge", "write a stack of layers as one layer", ".layer.merge:declare"),

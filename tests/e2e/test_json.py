@@ -54,6 +54,9 @@ image inspect {_IMAGE}
 image ls {_IMAGE}:/data
 layer create data index --vsize 16M
 layer resize data index --vsize 32M
+$ tar cf layer.tar script && obdlab layer create data5 index5 --vsize 64M
+$ echo '{{"upper": {{"data": "'$PWD'/data5", "index": "'$PWD'/index5"}}}}' >config5.json
+layer apply layer.tar config5.json --mkfs
 layer gc data index
 layer commit data index one.obd
 layer seal data index
