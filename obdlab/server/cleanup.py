@@ -118,13 +118,17 @@ def _end_starts(run_path: Path, report: Cleaned, force: bool) -> set[str]:
         try:
             if force:
                 end_start(place, maker)
-                report.removed.append(f"start {place.name} (pid {maker.pid})")
+                report.removed.append(f"{_kind_of(place)} {place.name} (pid {maker.pid})")
                 continue
-            report.in_use.append(f"{place.name}: a start goes on (pid {maker.pid}; SIGINT ends it)")
+            report.in_use.append(f"{place.name}: a {_kind_of(place)} goes on (pid {maker.pid}; SIGINT ends it)")
         except DeviceError as error:
             report.in_use.append(f"{place.name}: {error}")
         running.add(place.name)
     return running
+
+
+def _kind_of(place: Path) -> str:
+    return "build" if place.name.startswith("build-") else "start"
 
 
 def _snapshotter_of(directory: Path) -> Path | None:
