@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from obdlab.build.expansion import ExpansionError, pairs, split
 from obdlab.errors import ObdlabError
 
 if TYPE_CHECKING:
@@ -39,7 +40,14 @@ INSTRUCTIONS = frozenset(
         "WORKDIR",
     ]
 )
-_WITH_FLAGS = frozenset({"ADD", "COPY", "FROM", "HEALTHCHECK", "RUN"})
+#: Flags of the instructions that have any.
+_FLAGS = {
+    "ADD": ("chown", "chmod", "link"),
+    "COPY": ("from", "chown", "chmod", "link"),
+    "FROM": ("platform",),
+    "HEALTHCHECK": ("interval", "timeout", "start-period", "start-interval", "retries"),
+    "RUN": ("mount", "network"),
+}
 _WITH_EXEC_FORM = frozenset({"ADD", "CMD", "COPY", "ENTRYPOINT", "RUN", "SHELL", "VOLUME"})
 _WITH_HEREDOCS = frozenset({"ADD", "COPY", "RUN"})
 #: Most bytes of a Dockerfile, and most instructions in it.
@@ -47,7 +55,7 @@ MOST_BYTES = 1 << 20
 _MOST_INSTRUCTIONS = 2000
 
 _DIRECTIVE = re.compile(r"#\s*([A-Za-z][A-Za-z0-9]*)\s*=\s*(.+?)\s*")
-_HEREDOC = re.compile(r"""(?<!\S)(?:\d*)<<(-?)(["']?)([A-Za-z_][A-Za-z0-9_.]*)\2(?!\S)""", re.ASCII)
+_HEREDOC = re.compile(r"""\d*<<(-?)(["']?)([A-Za-z_][A-Za-z0-9_.]*)\2""", re.ASCII)
 _FLAG = re.compile(r"--([a-z-]+)(?:=(\S*))?(?:\s+|$)", re.ASCII)
 
 
@@ -165,10 +173,19 @@ def _instructions(lines: list[str], at: int, escape: str, name: str) -> Iterator
         keyword = whole.split(None, 1)[0].upper()
         heredocs: list[Heredoc] = []
         if keyword in _WITH_HEREDOCS:
-            for found in _HEREDOC.finditer(whole):
+            for found in _heredocs_in(whole, escape):
                 at, heredoc = _heredoc(lines, at, found, place)
                 heredocs.append(heredoc)
-        yield _instruction(whole, tuple(heredocs), place)
+        yield _instruction(whole, tuple(heredocs), place, escape)
+
+
+# Their marks are whole words outside of quotes.
+def _heredocs_in(text: str, escape: str) -> list[re.Match[str]]:
+    try:
+        words = split(text, escape) if "<<" in text else []
+    except ExpansionError:
+        return []
+    return [found for word in words if (found := _HEREDOC.fullmatch(word)) is not None]
 
 
 def _heredoc(lines: list[str], at: int, found: re.Match[str], place: str) -> tuple[int, Heredoc]:
@@ -182,14 +199,14 @@ def _heredoc(lines: list[str], at: int, found: re.Match[str], place: str) -> tup
     raise BuildError(f"{place}: here-document without an end (wanted a line {found[3]!r})")
 
 
-def _instruction(whole: str, heredocs: tuple[Heredoc, ...], place: str) -> Instruction:
+def _instruction(whole: str, heredocs: tuple[Heredoc, ...], place: str, escape: str) -> Instruction:
     keyword, *rest = whole.split(None, 1)
     name, text = keyword.upper(), rest[0] if rest else ""
     if name not in INSTRUCTIONS:
         known = ", ".join(sorted(INSTRUCTIONS))
         raise BuildError(f"{place}: instruction {keyword[:40]!r} is not supported (wanted one of {known})")
     flags = []
-    if name in _WITH_FLAGS:
+    if name in _FLAGS:
         while text.startswith("--"):
             flag = _FLAG.match(text)
             if flag is None:
@@ -199,7 +216,14 @@ def _instruction(whole: str, heredocs: tuple[Heredoc, ...], place: str) -> Instr
     if not text:
         raise BuildError(f"{place}: {name}: wants an argument")
     words = exec_form(text) if name in _WITH_EXEC_FORM else None
-    return Instruction(name, text, words, tuple(flags), heredocs, place, whole)
+    found = Instruction(name, text, words, tuple(flags), heredocs, place, whole)
+    found.check_flags(*_FLAGS.get(name, ()))
+    if name in ("ENV", "LABEL"):
+        try:
+            pairs(text, escape)
+        except ExpansionError as error:
+            raise found.error(str(error)) from None
+    return found
 
 
 def exec_form(text: str) -> tuple[str, ...] | None:

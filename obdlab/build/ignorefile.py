@@ -1,7 +1,8 @@
 """A .dockerignore file: the paths of a build context that a build does not see.
 
-Source: Docker's documentation of .dockerignore. Patterns are those of Go's filepath.Match, with ** for any number of
-directories; the last pattern that matches a path, or a directory above it, decides; ! makes an exception.
+Source: Docker's documentation of .dockerignore, and moby's pattern matcher as BuildKit uses it. Patterns are those of
+Go's filepath.Match, with ** for any number of directories; the last pattern that matches a path decides, ! makes an
+exception. A pattern that decided about a directory matches everything below it, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ NAME = ".dockerignore"
 MOST_BYTES = 1 << 20
 _MOST_PATTERNS = 10_000
 _MOST_STARS = 16
+# Results of directories, which are asked for again for each file below them.
+_MOST_KNOWN = 1000
 
 
 class Ignored:
@@ -28,6 +31,7 @@ class Ignored:
 
     def __init__(self, patterns: Iterable[tuple[re.Pattern[str], bool]] = ()) -> None:
         self._patterns = list(patterns)
+        self._matches: dict[str, tuple[bool, tuple[bool, ...]]] = {}
         #: True if a path below a directory that is left out may be seen nevertheless.
         self.has_exceptions = any(not leaves_out for _, leaves_out in self._patterns)
 
@@ -46,23 +50,37 @@ class Ignored:
             pattern = posixpath.normpath(pattern).lstrip("/")
             if pattern in ("", "."):
                 continue
-            found.append((compiled(pattern, f"{name}:{number}", below=True), leaves_out))
+            found.append((compiled(pattern, f"{name}:{number}"), leaves_out))
             if len(found) > _MOST_PATTERNS:
                 raise BuildError(f"{name}: more than {_MOST_PATTERNS} patterns")
         return cls(found)
 
     def __contains__(self, path: str) -> bool:
         """Return True if the path, relative to the context, is left out."""
-        result = False
-        for pattern, leaves_out in self._patterns:
-            if leaves_out != result and pattern.fullmatch(path):
+        return bool(self._patterns) and self._match(path)[0]
+
+    # Returns also which patterns match. One that could not change the result was not tried, as in BuildKit.
+    def _match(self, path: str) -> tuple[bool, tuple[bool, ...]]:
+        known = self._matches.get(path)
+        if known is not None:
+            return known
+        parent = posixpath.dirname(path)
+        above = self._match(parent)[1] if parent else (False,) * len(self._patterns)
+        result, found = False, []
+        for (pattern, leaves_out), matched in zip(self._patterns, above, strict=True):
+            matches = matched or (leaves_out != result and pattern.fullmatch(path) is not None)
+            found.append(matches)
+            if matches:
                 result = leaves_out
-        return result
+        if len(self._matches) >= _MOST_KNOWN:
+            self._matches.clear()
+        self._matches[path] = result, tuple(found)
+        return self._matches[path]
 
 
 @lru_cache(maxsize=1024)
-def compiled(pattern: str, place: str, *, below: bool = False) -> re.Pattern[str]:
-    """Return a pattern as a regular expression; with ``below`` it also matches all paths below a match.
+def compiled(pattern: str, place: str) -> re.Pattern[str]:
+    """Return a pattern as a regular expression for a whole path.
 
     Raises BuildError, which begins with ``place``, for a malformed pattern, or one of too many stars: its expression
     would take too long.
@@ -100,6 +118,6 @@ def compiled(pattern: str, place: str, *, below: bool = False) -> re.Pattern[str
         else:
             text += re.escape(character)
     try:
-        return re.compile(text + ("(?:/.*)?" if below else ""), re.DOTALL)
+        return re.compile(text, re.DOTALL)
     except re.error as error:
         raise BuildError(f"{place}: malformed pattern {pattern[:80]!r}: {error}") from None

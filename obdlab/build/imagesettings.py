@@ -121,8 +121,6 @@ class ImageSettings:
         change = changes.get(instruction.name)
         if change is None:
             return False
-        if instruction.name != "HEALTHCHECK":
-            instruction.check_flags()
         change(instruction)
         return True
 
@@ -219,7 +217,6 @@ class ImageSettings:
             self.document.pop("Cmd", None)
 
     def _follow_healthcheck(self, instruction: Instruction) -> None:
-        instruction.check_flags(*_DURATIONS, "retries")
         kind, _, rest = instruction.text.partition(" ")
         if kind.upper() == "NONE":
             if rest.strip() or instruction.flags:

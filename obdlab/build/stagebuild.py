@@ -145,7 +145,6 @@ class StageBuild:
     # -- steps that make layers --------------------------------------------------------------------------------------
 
     def _run(self, instruction: Instruction) -> None:
-        instruction.check_flags("mount", "network")
         options, settings = self._around.options, self._built.settings
         network = instruction.flag("network") or options.network
         network = options.network if network == "default" else network
@@ -184,7 +183,6 @@ class StageBuild:
 
     def _copy(self, instruction: Instruction) -> None:
         adds = instruction.name == "ADD"
-        instruction.check_flags("chown", "chmod", "link", *([] if adds else ["from"]))
         settings, around = self._built.settings, self._around
         words = settings.words(instruction)
         if len(words) < 2:

@@ -117,7 +117,6 @@ def _stage(
     instruction: Instruction, top: ImageSettings, variables: Mapping[str, str | None], earlier: Sequence[Stage]
 ) -> Stage:
     top.arguments = _set(variables)
-    instruction.check_flags("platform")
     words = top.words(instruction)
     if len(words) not in (1, 3) or (len(words) == 3 and words[1].upper() != "AS") or not words[0]:
         raise instruction.error(f"got {instruction.text!r}, wanted IMAGE or IMAGE AS NAME")

@@ -19,6 +19,9 @@ from obdlab.build.ignorefile import Ignored
         ("a?c\n[x-z]1\n[^0-9]x", ["abc", "y1", "ax"], ["ac", "a/c", "w1", "5x"]),
         ("# comment\n\n  b  ", ["b"], ["# comment"]),
         ("a\\*", ["a*"], ["ab"]),
+        # As in BuildKit, a pattern that could not change the result for a directory is not inherited from it.
+        ("d/**\n!*", ["d/a"], ["d", "a"]),
+        ("d\n!*", [], ["d", "d/a"]),
         ("./x/../d", ["d"], ["x"]),
     ],
 )
