@@ -9,6 +9,8 @@ import contextlib
 import errno
 import fcntl
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -71,13 +73,36 @@ def _attach(backing: int, label: str, flags: int, sector_size: int, timeout_s: f
             time.sleep(_RACE_PAUSE_S)
 
 
+# Gives the kernel's error number, 0 for none.
+_CHANGE = """
+import fcntl, sys
+try:
+    fcntl.ioctl(int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+except OSError as error:
+    print(error.errno)
+else:
+    print(0)
+"""
+
+
 def change_backing(device: int, backing: int) -> None:
     """Have an open read-only loop device go on with another file of the same size. Raises OSError.
 
     Reads under way come from the old file; the others wait for them. The kernel takes this for a change of media: it
     shuts a mounted ext4 or xfs down; EROFS goes on, and so does a loop device on top.
+
+    A process of its own makes the call, with these two descriptors alone. The call waits for reads under way, no
+    signal ends it, and the caller may be the server that answers those reads: killed meanwhile, it could neither
+    answer nor end, its keeper could not replace it, and every reader hung.
     """
-    fcntl.ioctl(device, abi.LOOP_CHANGE_FD, backing)
+    words = [sys.executable, "-I", "-S", "-c", _CHANGE, *map(str, (device, abi.LOOP_CHANGE_FD, backing))]
+    done = subprocess.run(
+        words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, pass_fds=(device, backing), cwd="/", check=False
+    )
+    text = done.stdout.strip()
+    code = int(text) if text.isdigit() else errno.EIO
+    if code:
+        raise OSError(code, os.strerror(code))
 
 
 def backing_of(device: Path) -> str:

@@ -195,15 +195,6 @@ def test_a_read_only_sys_keeps_its_readahead(driver: Driver) -> None:
     assert attach() == Path("/dev/loop3")
 
 
-def test_another_file_is_put_behind_a_device(driver: Driver) -> None:
-    device = os.open("/dev/loop3", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        loop.change_backing(device, 78)
-    finally:
-        os.close(device)
-    assert driver.calls == [("loop3", CHANGE, 78)]
-
-
 def test_a_new_size_is_taken_on_after_the_attributes_are_read(driver: Driver) -> None:
     device = driver.add(4, b"ours")
     before = os.listdir("/proc/self/fd")
