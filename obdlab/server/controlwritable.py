@@ -14,7 +14,7 @@ from obdlab.layers.append import AppendUpper
 from obdlab.layers.gc import Collected, collect
 from obdlab.layers.stack import WritableStack
 from obdlab.server.messages import Collect, ControlRequest, Done, Flush, Resize, Resized, Step, TakeSnapshot
-from obdlab.server.rundir import DeviceRecord
+from obdlab.server.rundir import DeviceRecord, record_locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,4 +92,5 @@ class Changes:
 
     # By the record, an attach detects that the same image is attached already.
     def _change_record(self, **changed: Any) -> None:
-        replace(self._record(), **changed).save(self._directory)
+        with record_locked(self._directory):
+            replace(self._record(), **changed).save(self._directory)

@@ -25,7 +25,7 @@ from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.open import Image
 from obdlab.layerfiles.flatten import flat_files, flat_name
 from obdlab.server.messages import ControlRequest, Graduate, Step, Switched
-from obdlab.server.rundir import DeviceRecord
+from obdlab.server.rundir import DeviceRecord, record_locked
 from obdlab.settings.settings import Settings
 from obdlab.system.pauses import backoff_s, wait_until
 
@@ -78,7 +78,7 @@ class Graduation:
                 if os.fstat(file).st_size != self._device.size:
                     raise DeviceError(f"{path}: not of the device's size ({self._device.size} bytes)")
                 self._wait_for_quiet()
-                replace(record, graduated=str(path)).save(self._directory)
+                self._record_file(path)
                 began = time.monotonic()
                 backingfile.go_on_with(self._directory, file)
                 paused_s = time.monotonic() - began
@@ -86,6 +86,14 @@ class Graduation:
                 os.close(file)
         log.info("%s: the kernel goes on alone with %s", self._directory.name, path)
         return Switched(paused_s)
+
+    # The keeper writes the record as well, when helpers come and go: the newest is changed.
+    def _record_file(self, path: Path) -> None:
+        with record_locked(self._directory):
+            record = DeviceRecord.load(self._directory)
+            if record is None:
+                raise DeviceError("it is being taken down")
+            replace(record, graduated=str(path)).save(self._directory)
 
     def _wait_for_quiet(self) -> None:
         def is_quiet() -> bool:
@@ -104,6 +112,8 @@ class Graduation:
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
         command += ["--low-priority", self._directory.name]
         said = ""
+        # This server may be ready before its keeper has written the record, by which the command finds the device.
+        wait_until(lambda: DeviceRecord.load(self._directory) is not None, _QUIET_DEADLINE_S, look_s=_LONG_REQUEST_S)
         for failures in itertools.count():
             while image.unverified() and not self._is_unpacked(image):
                 time.sleep(_LOOK_S)

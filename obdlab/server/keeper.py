@@ -35,7 +35,7 @@ from obdlab.server.forking import Signals, become
 from obdlab.server.keeperstate import KEPT, TRANSITIONS, State
 from obdlab.server.messages import Busy, Description, Failed, Message, Ready, Stage
 from obdlab.server.protection import KEEPER_MEMORY, KEEPER_OOM_SCORE_ADJUST, bound_memory, protect
-from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan
+from obdlab.server.rundir import TAKE_DOWN_SIGNAL, DeviceRecord, Plan, record_locked
 from obdlab.server.serverprocess import ServerProcess, Task, how_ended, killed_by
 from obdlab.server.takeover import Former, Orphan, There, record_of
 from obdlab.server.watchdog import Watchdog
@@ -320,6 +320,13 @@ class Keeper:
             self._tell = None
 
     def _save(self, *, kept: bool = True) -> None:
+        try:
+            with record_locked(self._directory):
+                self._record(kept=kept).save(self._directory)
+        except OSError as error:  # removed from under the device
+            log.warning("%s: cannot write the device's record: %s", self._directory.name, error)
+
+    def _record(self, *, kept: bool) -> DeviceRecord:
         me = Process.of(os.getpid()) if kept else None
         known = DeviceRecord.load(self._directory)
         starting = (
@@ -328,7 +335,7 @@ class Keeper:
         described = self._description
         assert described is not None, "no server was ready yet"
         plan = known or self._plan  # a snapshot changes the config
-        record = DeviceRecord(
+        return DeviceRecord(
             device_id=plan.device_id,
             config=plan.config,
             config_sha256=plan.config_sha256,
@@ -349,10 +356,6 @@ class Keeper:
             starting_pid=starting.pid if starting else msgspec.UNSET,
             starting_start_time=starting.start_time if starting else msgspec.UNSET,
         )
-        try:
-            record.save(self._directory)
-        except OSError as error:  # removed from under the device
-            log.warning("%s: cannot write the device's record: %s", self._directory.name, error)
 
     def _help(self) -> None:
         free = set(range(1, self._most_servers)) - set(self._servers)

@@ -40,6 +40,7 @@ SOCKET_NAME = "host.sock"
 PULL_SOCKET_NAME = "pull.sock"
 #: Number and start time of the device host's process.
 HOST_PID_NAME = "host.pid"
+_RECORD_LOCK_NAME, _RECORD_LOCK_S = "disk.lock", 5.0
 #: Locked by the client that starts the host.
 START_LOCK_NAME = "host.start.lock"
 #: Has a keeper take its device down once it is unused.
@@ -170,6 +171,21 @@ class DeviceRecord(Plan):
         Raises TypeError or ValueError if it is malformed.
         """
         return msgspec.convert(known_fields(cls, values), cls)
+
+
+@contextmanager
+def record_locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a device's record, to read, change and write it as one step: server and keeper both do.
+
+    Held for milliseconds, also while an attach or detach holds the directory; after five seconds the caller goes on
+    without it. Raises FileNotFoundError if the directory is gone.
+    """
+    lock = os.open(directory / _RECORD_LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        lock_until(lock, time.monotonic() + _RECORD_LOCK_S)
+        yield
+    finally:
+        os.close(lock)
 
 
 class RunDir:

@@ -116,9 +116,7 @@ def test_the_process_that_asks_holds_nothing_else(tmp_path: Path, monkeypatch: p
         with (
             (tmp_path / "file").open("wb") as one,
             (tmp_path / "other").open("wb") as two,
-            pytest.raises(
-                OSError, match="Input/output"
-            ) as caught,  # the printed number is taken for an error's
+            pytest.raises(OSError, match="Input/output") as caught,  # the printed number is taken for an error's
         ):
             loop.change_backing(one.fileno(), two.fileno())
         assert caught.value.errno == 5  # the three standard files, and these two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from obdlab import records
 from obdlab.errors import DeviceError
 from obdlab.server import wire
 from obdlab.server.messages import Attached
-from obdlab.server.rundir import DeviceRecord, RunDir
+from obdlab.server.rundir import DeviceRecord, RunDir, held, record_locked
 from obdlab.system.processes import Process
 
 
@@ -83,3 +84,24 @@ def test_a_record_has_no_fields_that_earlier_versions_cannot_read(tmp_path: Path
     starting.save(tmp_path)
     assert DeviceRecord.load(tmp_path) == starting
     assert starting.starting == Process(os.getpid(), 3)
+
+
+def test_changes_of_a_record_wait_for_each_other(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    def change() -> None:
+        with record_locked(tmp_path):
+            order.append("second")
+
+    with held(tmp_path, 1.0), record_locked(tmp_path):  # an attach holds the directory meanwhile
+        thread = threading.Thread(target=change)
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join(60)
+    assert order == ["first", "second"]
+
+
+def test_the_record_of_a_device_that_is_gone_is_not_locked(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), record_locked(tmp_path / "gone"):
+        pass
