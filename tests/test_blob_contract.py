@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import zstandard
@@ -48,6 +50,7 @@ from obdlab.layers.append import AppendUpper
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import open_layer
+from obdlab.layers.rawfile import RawFile
 from obdlab.layers.spancache import SpanCache
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.summedtar import SummedTar
@@ -59,6 +62,7 @@ from obdlab.layers.zfile import open_zfile
 from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.layers.zstdwriter import ZstdIndexWriter
 from obdlab.localfile import LocalFile
+from obdlab.peers.agent.sharedblob import SharedBlob, SharedFile
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.link import Link
 from obdlab.registry.remoteblob import RemoteBlob
@@ -305,6 +309,33 @@ def warp_file(_: Path, __: ExitStack) -> Case:
     return Case(WarpFile(MemoryBlob(own), MemoryBlob(target)), own + bytes(120) + target)
 
 
+def raw_file(directory: Path, _: ExitStack) -> Case:
+    (directory / "raw").write_bytes(CONTENT)
+    return Case(RawFile(directory / "raw"), CONTENT)
+
+
+class Shared:
+    """An agent's blob, its pieces of 10,000 bytes from a peer."""
+
+    wanted = SimpleNamespace(name="shared")
+    size = SIZE
+
+    def read(self, begin: int, end: int, hops: tuple[str, ...], patience_s: float) -> Iterator[tuple[bytes, str]]:
+        assert patience_s > 0
+        for at in range(begin, end, 10_000):
+            yield CONTENT[at : min(end, at + 10_000)], "peer"
+
+    def drop(self, begin: int, end: int) -> None:
+        assert 0 <= begin < end <= SIZE
+
+    def release(self) -> None:
+        pass
+
+
+def shared_file(_: Path, __: ExitStack) -> Case:
+    return Case(SharedFile(cast("SharedBlob", Shared()), 60.0), CONTENT)
+
+
 def target_disk(directory: Path, _: ExitStack) -> Case:
     disk = TargetDisk(None, SparseUpper.create(directory / "sparse", SIZE))
     disk.write_at(0, CONTENT)
@@ -321,6 +352,8 @@ CASES: list[Make] = [
     whole_if_it_must_be,
     local_file,
     layers_own_file,
+    raw_file,
+    shared_file,
     in_a_tar,
     zfile,
     wrapped_zfile_in_a_tar,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _WIDTH = 100
-_INDENT = " " * 8
+_INDENT = " " * 6
 
 
 def build_parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
