@@ -22,8 +22,8 @@ _ROUNDS = "server/test_kinds.py::test_many_rounds_leave_nothing"
 _UBLK_ROUNDS = "contrib/ublk/test_device.py::TestUblkDevice::test_a_thousand_rounds"
 _TCMU_ROUNDS = "devices/tcmu/test_device.py::TestTcmuDevice::test_a_thousand_rounds"
 _SECOND_HALF = (
-    "append-log", "bolt", "ext4", "erofs", "layer", "layer-applied", "layer-tar", "nbd", "qcow2", "scsi", "stack",
-    "tar-wrap", "tcmu-ring", "zfile",
+    "append-log", "bolt", "erofs", "erofs-base", "ext4", "ext4-base", "gzip-target", "layer", "layer-applied",
+    "layer-tar", "nbd", "qcow2", "scsi", "stack", "tar-wrap", "tcmu-events", "tcmu-ring", "zfile",
 )  # fmt: skip
 
 SHARDS = (
