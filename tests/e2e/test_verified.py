@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli.main import main
 from tests import capabilities
 from tests.containerd.kubelet import Kubelet
 from tests.containerd_host import containerd_with_obdlab
@@ -101,6 +102,8 @@ def test_a_forging_registry_starts_no_container(
 ) -> None:
     with outage_proxy(registry_server.host) as proxy:
         forged, behind = Forged(), image.replace(registry_server.host, proxy.host)
+        # Checked units are shared by registries, and tests before have read them from the registry itself.
+        assert main(["cache", "clear", "--cache-dir", str(host.snapshotter.devices.settings.cache_dir)]) == 0
         host.rpull(behind)
         proxy.always(forged)
         with pytest.raises(Exception, match="hash tree"):
