@@ -1,7 +1,8 @@
 """The side of the snapshotter: a process that has imported what a pull needs, and forks for each command.
 
-Run: ``python -m obdlab.cli.prefork.forkserver RUN_DIR``. It ends with its parent. It has no threads, opens nothing
-and keeps nothing of a command; each fork does one command, and ends with its caller's connection.
+Run: ``python -m obdlab.cli.prefork.forkserver RUN_DIR``. It ends with its standard input, a pipe that its parent
+holds open. It has no threads, opens nothing and keeps nothing of a command; each fork does one command, and ends with
+its caller's connection.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from typing import Any, NoReturn
 
 from obdlab.cli.prefork import asking
 from obdlab.server import wire
-from obdlab.system import abi
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,8 @@ _REQUEST_S = 2.0
 _GRACE_S = 30.0
 
 
-def serve(run_dir: Path) -> NoReturn:
-    """Fork for each caller, of the same user, for ever. Raises OSError if it can't listen."""
+def serve(run_dir: Path) -> None:
+    """Fork for each caller, of the same user, until standard input ends. Raises OSError if it can't listen."""
     for name in MODULES:
         importlib.import_module(name)
     gc.collect()
@@ -59,9 +59,12 @@ def serve(run_dir: Path) -> NoReturn:
     listener = wire.listen(run_dir / asking.SOCKET)
     poller = select.poll()
     poller.register(listener, select.POLLIN)
+    poller.register(0, select.POLLIN)  # PR_SET_PDEATHSIG would miss a parent that ends while this process starts
     forks: dict[int, int] = {}  # process number by its descriptor
     while True:
         for descriptor, _ in poller.poll():
+            if descriptor == 0:
+                return
             if descriptor != listener.fileno():
                 poller.unregister(descriptor)
                 os.close(descriptor)
@@ -185,13 +188,13 @@ def _obey(connection: socket.socket) -> None:
 
 def main() -> int:
     """Serve for the run directory that the command line names."""
-    abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal, for the parent
     try:
         serve(Path(sys.argv[1]))
     except OSError as error:
         print(f"obdlab: pulls are not sped up: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -91,13 +91,13 @@ def run(args: argparse.Namespace) -> int:
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
     exporter = _start_exporter(args, settings)
-    if settings.prefork_pulls:
-        # Its forks are the commands' own, and it ends with this process.
-        subprocess.Popen([sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(args.run_dir.absolute())])
+    forkserver = _start_forkserver(args.run_dir) if settings.prefork_pulls else None
     logs.announce(f"obdlab snapshotter: ready on {server.address}")
     notify.ready()
     wait_for_signal()
     notify.stopping()
+    if forkserver is not None:
+        forkserver.terminate()  # not its forks, which are commands
     if publisher is not None:
         publisher.close()
     if exporter is not None:
@@ -134,6 +134,12 @@ def _publish_counters(run_dir: Path, layout: Layout, snapshotter: Snapshotter) -
     except OSError as error:
         logging.getLogger(__name__).warning("no counters for exporters: %s", error)
         return None
+
+
+# It ends with the pipe, however this process ends.
+def _start_forkserver(run_dir: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(run_dir.absolute())]
+    return subprocess.Popen(command, stdin=subprocess.PIPE)
 
 
 # The exporter is a process of its own: it answers also while this one is busy, and a scrape takes none of this

@@ -36,7 +36,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, int]]:
     run_dir = tmp_path_factory.mktemp("run", numbered=True)
-    with subprocess.Popen([sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(run_dir)]) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(run_dir)], stdin=subprocess.PIPE
+    ) as process:
         try:
             wait_for((run_dir / asking.SOCKET).exists)
             yield run_dir, process.pid
@@ -195,7 +197,9 @@ def test_a_hanging_server_is_waited_for_a_moment(tmp_path: Path) -> None:
 
 
 def test_the_server_ends_with_its_parent(tmp_path: Path) -> None:
-    script = "import subprocess,sys,time; p=subprocess.Popen(sys.argv[1:]); print(p.pid, flush=True); time.sleep(600)"
+    script = (
+        "import subprocess as s,sys,time;p=s.Popen(sys.argv[1:],stdin=-1);print(p.pid,flush=True);time.sleep(600)"
+    )
     words = [sys.executable, "-c", script, sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
@@ -203,6 +207,11 @@ def test_the_server_ends_with_its_parent(tmp_path: Path) -> None:
         wait_for((tmp_path / asking.SOCKET).exists)
         parent.kill()
     wait_for(lambda: not Path(f"/proc/{pid}").exists())
+
+
+def test_the_server_of_a_parent_that_is_gone_already_ends(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "obdlab.cli.prefork.forkserver", str(tmp_path)]
+    assert subprocess.run(words, stdin=subprocess.DEVNULL, timeout=WAIT_S, check=False).returncode == 0
 
 
 def test_the_place_is_that_of_all_commands() -> None:
