@@ -48,12 +48,9 @@ def test_what_is_wrong_with_shards_is_found(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_longest_beginning_decides() -> None:
     assert table.beginning_of("tests/devices/test_fuse_loop.py::t")[0] == "devices"
     assert table.beginning_of("tests/devices/test_torture.py::test_much[append-False-7]")[0] == "torture"
-    assert (
-        table.beginning_of("tests/server/test_kinds.py::test_many_rounds_leave_nothing[ublk-1]")[0] == "vm-rounds-1"
-    )
-    assert (
-        table.beginning_of("tests/server/test_kinds.py::test_many_rounds_leave_nothing[ublk-2]")[0] == "vm-rounds-2"
-    )
+    rounds = "tests/server/test_kinds.py::test_many_rounds_leave_nothing"
+    assert table.beginning_of(f"{rounds}[ublk-1]")[0] == "vm-rounds-2"
+    assert table.beginning_of(f"{rounds}[tcmu-0]")[0] == "vm-rounds-5"
     assert table.beginning_of("tests/nowhere/t.py::t") == ("", "")
 
 
