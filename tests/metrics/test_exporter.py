@@ -186,6 +186,19 @@ def test_that_it_is_ready_is_logged(tmp_path: Path, how: str) -> None:
     assert json.loads(line)["message"] == ready if how == "json" else line.endswith(f": {ready}")
 
 
+def test_it_does_not_start_without_its_parent(tmp_path: Path) -> None:
+    places = ["--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    command = [sys.executable, "-m", "obdlab", "serve", "exporter", "--listen", "127.0.0.1:0", *places]
+    done = subprocess.run(
+        [*command, "--end-with-parent", str(os.getppid())],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
 @pytest.mark.kernel
 @pytest.mark.registry
 def test_the_command(devices: Devices) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import threading
 from dataclasses import replace
@@ -48,7 +49,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="a device server that has not answered by then counts as hung (default: %(default)g)",
     )
-    parser.add_argument("--end-with-parent", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--end-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
     add_runtime_options(parser)
     add_log_options(parser, default_level="warning")
     parser.set_defaults(run=run)
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         from obdlab.system import abi
 
         abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != args.end_with_parent:  # it ended before the kernel knew
+            return 0
     settings = settings_from(args)
     set_up_logs(args, logging.WARNING, settings=replace(settings, log_path=None))
     run_dir, cache_dir = args.run_dir.absolute(), settings.cache_dir

@@ -149,7 +149,7 @@ def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.
     if not listen:
         return None
     command = [sys.executable, "-m", "obdlab.cli.main", "serve", "exporter", "--listen", listen]
-    command += ["--path", settings.exporter_path, "--end-with-parent"]
+    command += ["--path", settings.exporter_path, "--end-with-parent", str(os.getpid())]
     command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
     command += ["--log-format", settings.log_format]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
