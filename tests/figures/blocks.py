@@ -37,7 +37,9 @@ def figures() -> dict[str, str]:
 
 def files() -> dict[Path, str]:
     """Return the texts of whole files of figures."""
-    measured = [name for name in ("peers", "hot", "first_set") if (MEASURED / name / "rows.jsonl").is_file()]
+    measured = [
+        name for name in ("peers", "hot", "first_set", "verified") if (MEASURED / name / "rows.jsonl").is_file()
+    ]
     return {MEASURED / name / "table.txt": _all_columns(name) for name in measured}
 
 
@@ -400,6 +402,33 @@ def _ledger() -> dict[str, str]:
     return {"counts": ledger.as_text(ledger.ledger(Results(MEASURED / "evaluation")))[-1]}
 
 
+# Of starts of one repeat, which came after one another: the time of an arm over the first arm's.
+def _verified() -> str:
+    base, checked, lines = "obdlab", "obdlab-verified", []
+    arms = (checked, base + AA_SUFFIX)
+    for start in ("cold", "dropped", "warm"):
+        times = {
+            arm: {row["repeat"]: row["total_s"] for row in _starts("verified", arm=arm, start=start)}
+            for arm in (base, *arms)
+        }
+        cells = [start, f"{median(times[base].values()):.2f}", f"{median(times[checked].values()):.2f}"]
+        for arm in arms:
+            pairs = sorted(times[base].keys() & times[arm].keys())
+            ratio = median_interval([times[arm][repeat] / times[base][repeat] for repeat in pairs])
+            cells.append(ratio.text(".2f"))
+        lines.append([*cells, str(len(pairs))])
+    head = ("start", "without trees, s", "with trees, s", "paired ratio", "of identical arms", "pairs")
+    return _table(head, lines)
+
+
+def _verified_traffic() -> str:
+    said = []
+    for arm in ("obdlab", "obdlab-verified"):
+        rows = _starts("verified", arm=arm, start="cold")
+        said.append(f"{_middle(rows, 'requests'):.0f} requests and {_middle(rows, 'bytes_received') / 1e6:.1f} MB")
+    return f"{said[1]} until ready, without trees {said[0]}"
+
+
 def _has_floor() -> str:
     with_floor = [name for name in ("peers", "hot", "extents") if any(AA_SUFFIX in row["arm"] for row in _rows(name))]
     return "measured in " + ", ".join(with_floor) if with_floor else "none of these sets has identical arms yet"
@@ -446,6 +475,9 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "simulated-scale": _simulated_scale,
     "simulated-trees": _simulated_trees,
     "first-set": lambda: first_set(MEASURED / "first_set"),
+    "verified": _verified,
+    "verified-rows": _row_count("verified"),
+    "verified-traffic": _verified_traffic,
     "floors": _has_floor,
     "starts": _starts_table,
     "explained": _explained,
