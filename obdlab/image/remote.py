@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
     from obdlab.blob import Around, Blob
     from obdlab.call import Call
-    from obdlab.layers.gziptarget import GzipTarget
-    from obdlab.layers.zstdtarget import ZstdTarget
+    from obdlab.layers.spannedtarget import SpannedTarget
     from obdlab.registry.client import RegistryClient
     from obdlab.settings.settings import Settings
 
@@ -167,7 +166,7 @@ class RemoteLayers:
             blob.close()
             raise
 
-    def cache_content(self, target: GzipTarget | ZstdTarget, digest: str) -> Blob:
+    def cache_content(self, target: SpannedTarget, digest: str) -> Blob:
         """Return the content of a ``target``, the blob ``digest``, through the cache if the settings keep content.
 
         It belongs to the result. The content depends on the index as well, which may come from any image: content is

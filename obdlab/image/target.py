@@ -10,6 +10,7 @@ from obdlab.formats.gzipmember import MAX_HEADER
 from obdlab.formats.zstdindex import MAGIC as ZSTD_MAGIC
 from obdlab.image.config import LowerConfig
 from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.spannedtarget import SpannedTarget
 from obdlab.layers.summedtar import SummedTar
 from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.localfile import LocalFile
@@ -41,7 +42,7 @@ def open_target(
     blob, identity = _open_stored(lower, remote, around, checked=verify and bool(lower.tar_sums))
     try:
         blob = uncompressed_target(blob, lower.gzip_index, spans)
-        if remote is not None and not lower.target_file and isinstance(blob, GzipTarget | ZstdTarget):
+        if remote is not None and not lower.target_file and isinstance(blob, SpannedTarget):
             blob = remote.cache_content(blob, lower.target_digest)
         if verify:
             blob = summed(blob, lower, spans)
@@ -75,20 +76,20 @@ def _open_stored(
         return blob, lower.target_digest
     file = LocalFile(lower.target_file)
     try:
-        check_target_size(file, lower)
+        check_target_size(file.name, file.size, lower)
         return around("origin", file), file.identity()
     except BaseException:
         file.close()
         raise
 
 
-def check_target_size(stored: Blob, lower: LowerConfig) -> None:
-    """Raise FormatError if a target has another size than the layer's blob says."""
-    if lower.target_size and stored.size != lower.target_size:
+def check_target_size(name: str, size: int, lower: LowerConfig) -> None:
+    """Raise FormatError naming the target if its stored bytes are not as many as the layer's blob says."""
+    if lower.target_size and size != lower.target_size:
         raise FormatError(
             "target of a turboOCI layer has another size than its blob says",
-            blob=stored.name,
-            got=stored.size,
+            blob=name,
+            got=size,
             wanted=lower.target_size,
         )
 

@@ -70,8 +70,8 @@ class LongSpan:
         self._check = check
         self._keep = keep
         self._lock = threading.Lock()
-        #: Bytes inflated so far, those of repeated passes included.
-        self.inflated_bytes = 0
+        #: As :class:`obdlab.layers.spannedtarget.Long` has it.
+        self.decoded_bytes = 0
         self._begin_again()
 
     def forget(self) -> None:
@@ -84,6 +84,9 @@ class LongSpan:
         self._complete = False
         self._frontier = self._first.copy()
         self._tail = self._window
+
+    def close(self) -> None:
+        """Do nothing: the caller keeps the pieces, and the copies go with this object."""
 
     def read(self, offset: int, length: int, call: Call | None = None) -> bytes:
         """Return bytes of the span. Raises CorruptBlobError; SourceError if another thread takes too long."""
@@ -133,7 +136,7 @@ class LongSpan:
             size += len(part)
             parts.append(part)
         piece = b"".join(parts)
-        self.inflated_bytes += size
+        self.decoded_bytes += size
         self._tail = (self._tail + piece)[-WINDOW:]
         if stored == self._end:
             self._frontier.end(last=self._last)
@@ -149,7 +152,7 @@ class LongSpan:
         while stored < end:
             stored = self._take(inflater, stored, call)
         piece = inflater.taken()
-        self.inflated_bytes += len(piece)
+        self.decoded_bytes += len(piece)
         return piece
 
     def _take(self, inflater: Inflater, stored: int, call: Call | None) -> int:

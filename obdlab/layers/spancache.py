@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
 from typing import TYPE_CHECKING
 
+from obdlab.call import UNBOUND
+from obdlab.errors import ObdlabError, SourceError
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable
+    from collections.abc import Callable
 
     from obdlab.call import Call
 
-from obdlab.call import UNBOUND
-from obdlab.errors import ObdlabError, SourceError
+    #: The owner of a piece, and its number there; parts of one have numbers of their own behind that.
+    Key = tuple[int, ...]
 
 #: Bytes for all targets of an image: two spans of sixteen readers.
 LIMIT = 32 << 20
@@ -23,19 +27,24 @@ _LONGEST_WAIT_S = 60.0
 class SpanCache:
     """The least recently used pieces are dropped. One piece is decoded by one thread; others wait for it.
 
-    Thread-safe. A piece larger than ``limit`` is not kept. ``directory`` is for decoded content that is too long for
-    memory; "" is the usual one for temporary files.
+    Each blob is an owner of its pieces (:meth:`new_owner`). Thread-safe. A piece larger than ``limit`` is not kept.
+    ``directory`` is for decoded content that is too long for memory; "" is the usual one for temporary files.
     """
 
     def __init__(self, limit: int = LIMIT, directory: str = "") -> None:
         self._limit = limit
         self.directory = directory
         self._lock = threading.Lock()
-        self._pieces: OrderedDict[Hashable, bytes] = OrderedDict()
+        self._pieces: OrderedDict[Key, bytes] = OrderedDict()
         self._size = 0
-        self._decoding: dict[Hashable, _Decoding] = {}
+        self._decoding: dict[Key, _Decoding] = {}
+        self._owners = itertools.count()
 
-    def get(self, key: Hashable, decode: Callable[[], bytes], call: Call | None = None) -> bytes:
+    def new_owner(self) -> int:
+        """Return a number for the keys of a blob's pieces."""
+        return next(self._owners)
+
+    def get(self, key: Key, decode: Callable[[], bytes], call: Call | None = None) -> bytes:
         """Return the piece ``key``, by ``decode`` if it is not here.
 
         Raises what ``decode`` raises, in the waiting threads as well; SourceError if another thread takes too long.
@@ -68,20 +77,27 @@ class SpanCache:
             del decoding
         return piece
 
-    def drop(self, keys: Callable[[Hashable], bool]) -> None:
-        """Forget the pieces for whose key ``keys`` is true; those being decoded will not be kept."""
+    def drop(self, owner: int, first: int, last: int) -> None:
+        """Forget the pieces of an owner with the numbers from ``first`` to ``last``.
+
+        Those that are being decoded will not be kept.
+        """
+
+        def is_meant(key: Key) -> bool:
+            return key[0] == owner and first <= key[1] <= last
+
         with self._lock:
-            for key in [key for key in self._pieces if keys(key)]:
+            for key in [key for key in self._pieces if is_meant(key)]:
                 self._size -= len(self._pieces.pop(key))
             for key, decoding in self._decoding.items():
-                decoding.dropped = decoding.dropped or keys(key)
+                decoding.dropped = decoding.dropped or is_meant(key)
 
     @property
     def size(self) -> int:
         """Bytes of the pieces."""
         return self._size
 
-    def _keep(self, key: Hashable, piece: bytes) -> None:
+    def _keep(self, key: Key, piece: bytes) -> None:
         self._pieces[key] = piece
         self._size += len(piece)
         while self._size > self._limit:

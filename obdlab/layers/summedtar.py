@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from obdlab.blob import Blob, check_range
 from obdlab.errors import CorruptBlobError, FormatError
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from obdlab.layers.spancache import SpanCache
 
 logger = logging.getLogger(__name__)
-_numbers = itertools.count()
 
 
 class SummedTar(Blob):
@@ -35,7 +33,7 @@ class SummedTar(Blob):
         self.below = below
         self._sums = sums
         self._spans = spans
-        self._number = next(_numbers)
+        self._owner = spans.new_owner()
         head = sums.read_at(0, min(HEADER_SIZE, sums.size))
         header = SumsHeader.from_bytes(head, file_size=sums.size, blob=sums.name)
         if header.tar_size != below.size:
@@ -70,21 +68,16 @@ class SummedTar(Blob):
     def evict(self, offset: int, length: int) -> None:
         check_range(self, offset, length)
         if length:
-            first, last = offset // self._piece, (offset + length - 1) // self._piece
-            self._spans.drop(lambda key: self._is_mine(key, first, last))
+            self._spans.drop(self._owner, offset // self._piece, (offset + length - 1) // self._piece)
         super().evict(offset, length)
 
     def close(self) -> None:
-        self._spans.drop(lambda key: self._is_mine(key, 0, self.size))
+        self._spans.drop(self._owner, 0, self.size // self._piece)
         self._sums.close()
         self.below.close()
 
-    def _is_mine(self, key: object, first: int, last: int) -> bool:
-        whole = cast("tuple[object, ...]", key)
-        return whole[0] == ("sums", self._number) and first <= cast("int", whole[1]) <= last
-
     def _checked(self, number: int, call: Call | None) -> bytes:
-        return self._spans.get((("sums", self._number), number), lambda: self._read(number, call), call)
+        return self._spans.get((self._owner, number), lambda: self._read(number, call), call)
 
     def _read(self, number: int, call: Call | None) -> bytes:
         begin = number * self._piece

@@ -41,10 +41,10 @@ def test_a_small_read_decodes_one_piece_and_keeps_all_of_it(tmp_path: Path, exte
         begin, end = target.piece(at)
         inside = begin <= at and at + PAGE <= end
         assert blob.read_at(at, PAGE) == DATA[at : at + PAGE]
-        assert target.inflated_spans == (1 if inside else 2)
+        assert target.decoded_spans == (1 if inside else 2)
         first, last = -(-begin // PAGE) * PAGE, end if end == len(DATA) else end // PAGE * PAGE
         assert blob.read_at(first, last - first) == DATA[first:last]
-        assert target.inflated_spans == (1 if inside else 2), "all of it was kept"
+        assert target.decoded_spans == (1 if inside else 2), "all of it was kept"
 
 
 def test_reading_in_order_decodes_each_byte_once(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_reading_in_order_decodes_each_byte_once(tmp_path: Path) -> None:
         blob, target = opened(tmp_path / str(readahead), kept=2 << 20, readahead=readahead)
         for at in range(0, len(DATA), PAGE):
             assert blob.read_at(at, min(PAGE, len(DATA) - at)) == DATA[at : at + PAGE]
-        assert target.inflated_bytes == len(DATA)
+        assert target.decoded_bytes == len(DATA)
         blob.close()
 
 
@@ -63,7 +63,7 @@ def test_a_later_process_decodes_nothing(tmp_path: Path) -> None:
     blob.close()
     blob, target = opened(tmp_path)
     assert blob.read_at(0, len(DATA)) == DATA
-    assert target.inflated_spans == 0
+    assert target.decoded_spans == 0
 
 
 def test_random_reads_of_threads_decode_each_byte_about_once(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_random_reads_of_threads_decode_each_byte_about_once(tmp_path: Path) -> 
     with ThreadPoolExecutor(6) as threads:
         for at, data in zip(places, threads.map(lambda at: blob.read_at(at, 9000), places), strict=True):
             assert data == DATA[at : at + 9000]
-    assert target.inflated_bytes == len(DATA)
+    assert target.decoded_bytes == len(DATA)
 
 
 def test_a_blob_without_pieces_says_so() -> None:

@@ -177,7 +177,7 @@ def test_targets_in_a_registry(registry_server: RegistryServer, settings: Settin
             found = [
                 find(layer.data.target, GzipTarget) for layer in image.layers if isinstance(layer.data, WarpFile)
             ]
-            assert [target.inflated_bytes > 0 for target in found if target] == [decompressed] * 2
+            assert [target.decoded_bytes > 0 for target in found if target] == [decompressed] * 2
     space = EvictingSpace(settings.cache_dir)
     kept = [each for each in entries(space) if each.registry.endswith("+tar")]
     assert [each.cached_bytes for each in kept] == [each.size for each in kept]

@@ -76,7 +76,7 @@ def test_reading_in_order_inflates_and_reads_each_byte_once() -> None:
     opening = counting.count
     for at in range(0, len(TAR), 4096):
         assert blob.read_at(at, min(4096, len(TAR) - at)) == TAR[at : at + 4096]
-    assert blob.statistics() == {"inflated_spans": 4, "inflated_bytes": len(TAR)}
+    assert blob.statistics() == {"decoded_spans": 4, "decoded_bytes": len(TAR)}
     assert counting.count - opening <= len(GZ) + len(TABLE)  # the byte in which an entry begins twice
 
 
@@ -89,8 +89,8 @@ def test_a_read_of_a_few_bytes_inflates_one_span_at_most() -> None:
         assert begin <= at < end
         length = min(4096, end - at)
         assert blob.read_at(at, length) == TAR[at : at + length]
-        assert blob.inflated_spans == 1
-        assert blob.inflated_bytes == end - begin
+        assert blob.decoded_spans == 1
+        assert blob.decoded_bytes == end - begin
         assert counting.reads == [blob.map_range(at, at + length)]
 
 
@@ -112,7 +112,7 @@ def test_threads_share_what_they_decode() -> None:
     with ThreadPoolExecutor(8) as threads:
         for (at, length), data in zip(ranges, threads.map(lambda each: blob.read_at(*each), ranges), strict=True):
             assert data == TAR[at : at + length]
-    assert blob.inflated_spans == 4
+    assert blob.decoded_spans == 4
 
 
 def test_ranges_outside() -> None:
@@ -160,7 +160,7 @@ def test_an_index_of_another_layer_with_the_same_header_never_gives_a_byte() -> 
     for number in range(len(table)):
         with pytest.raises(CorruptBlobError, match=r"layer.tar.gz"):
             blob.read_at(int(table["content"][number]), 1)
-    assert blob.inflated_spans == 0
+    assert blob.decoded_spans == 0
 
 
 def test_a_second_member_is_not_read_as_zeros() -> None:
@@ -296,7 +296,7 @@ def test_evicting_drops_what_was_decoded() -> None:
     blob.read_at(0, blob.size)
     blob.evict(int(TABLE["content"][1]), 1)
     blob.read_at(0, blob.size)
-    assert blob.inflated_spans == 5
+    assert blob.decoded_spans == 5
 
 
 def test_the_constructor_leaves_the_blobs_open_if_it_raises(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from obdlab.blob import MemoryBlob, Wrapper
 from obdlab.call import Call
 from obdlab.errors import CorruptBlobError
 from obdlab.formats.gzipindex import HEADER_SIZE, MIN_SPAN, IndexHeader
-from obdlab.layers import gziptarget, longspan
+from obdlab.layers import longspan, spannedtarget
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.spancache import SpanCache
 from tests.layers.gzip_samples import content, index_of, member, one_block, target_of
@@ -27,7 +27,7 @@ DISTANCE = 256 << 10
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gziptarget, "MAX_SPAN", 1 << 20)
+    monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 20)
     monkeypatch.setattr(longspan, "DISTANCE", DISTANCE)
 
 
@@ -45,7 +45,7 @@ def test_a_layer_at_its_real_size() -> None:
     data = DATA * 6
     gz = one_block(data)
     blob = target_of(gz, index_of(gz)[0])
-    assert len(data) > gziptarget.MAX_SPAN
+    assert len(data) > spannedtarget.MAX_SPAN
     for at in (len(data) - 100, 5, 9_000_000, 8_999_000):
         assert blob.read_at(at, 100) == data[at : at + 100]
     assert blob.read_at(0, len(data)) == data
@@ -57,21 +57,21 @@ def test_reading_in_order_inflates_each_byte_once() -> None:
     blob = target_of(GZ, INDEX, SpanCache(1 << 20))
     for at in range(0, SIZE, 10_000):
         assert blob.read_at(at, 10_000) == DATA[at : at + 10_000]
-    assert blob.statistics()["inflated_bytes"] == SIZE
+    assert blob.statistics()["decoded_bytes"] == SIZE
 
 
 @pytest.mark.usefixtures("small")
 def test_a_second_pass_begins_at_the_last_copy_before_each_read() -> None:
     blob = target_of(GZ, INDEX, SpanCache(0))
     assert blob.read_at(SIZE - 1, 1) == DATA[-1:]
-    assert blob.statistics()["inflated_bytes"] == SIZE
+    assert blob.statistics()["decoded_bytes"] == SIZE
     for at in random.Random(4).sample(range(SIZE - 4096), 30):
-        before = blob.statistics()["inflated_bytes"]
+        before = blob.statistics()["decoded_bytes"]
         begin, end = blob.piece(at) or (0, 0)
         assert begin <= at < end
         assert end - begin <= most(1)
         assert blob.read_at(at, 4096) == DATA[at : at + 4096]
-        assert blob.statistics()["inflated_bytes"] - before <= most(2)
+        assert blob.statistics()["decoded_bytes"] - before <= most(2)
 
 
 @pytest.mark.usefixtures("small")

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from obdlab.blob import Blob, MemoryBlob, Wrapper
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.zstdindex import HEADER_SIZE, ZstdIndex, index_bytes
-from obdlab.layers import zstdtarget
+from obdlab.layers import spannedtarget
 from obdlab.layers.spancache import SpanCache
 from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.layers.zstdwriter import ZstdIndexWriter
@@ -99,7 +99,7 @@ def test_a_read_decodes_only_its_span() -> None:
 
 
 def test_a_long_frame_is_decoded_once_and_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zstdtarget, "MAX_SPAN", 1 << 20)
+    monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 20)
     content = b"".join(NOISE[at:] + NOISE[:at] for at in range(0, 8 << 10, 1 << 10))
     stored = frame(content)
     failing: list[bool] = []
@@ -135,7 +135,7 @@ def test_a_long_frame_is_decoded_once_and_not_in_memory(tmp_path: Path, monkeypa
 
 
 def test_no_space_for_a_long_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zstdtarget, "MAX_SPAN", 1 << 10)
+    monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 10)
     stored = frame(NOISE[:100_000])
     with pytest.raises(SourceError, match=r"cannot keep the decoded content .*No such file"):
         target(stored, directory=str(tmp_path / "missing")).read_at(0, 1)
@@ -146,7 +146,7 @@ def test_no_space_for_a_long_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("most", [16 << 20, 1 << 10])
 def test_damage_is_no_content(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    monkeypatch.setattr(zstdtarget, "MAX_SPAN", most)
+    monkeypatch.setattr(spannedtarget, "MAX_SPAN", most)
     stored = frame(NOISE[:5000] * 40, checksum=True)
     index = index_of(stored)[0]
     for at in range(0, len(stored), 97):

@@ -59,13 +59,13 @@ def open_layers(
     """
     config = stored_config(manifest, source.name, partial(unpacked, source, place))
     layers = []
-    budget, spans = Budget(), SpanCache()
+    budget, spans = Budget(), SpanCache(directory=str(place))
     for lower, descriptor in zip(stacked_lowers(config), manifest.layers, strict=False):
         with ExitStack() as unused:
             kind: Kind = LsmtLayer
             if lower.is_turbo:
                 stored = unused.enter_context(open_blob(target_of(source, lower.target_digest)))
-                check_target_size(stored, lower)
+                check_target_size(stored.name, stored.size, lower)
                 target = uncompressed_target(stored, lower.gzip_index, spans)
                 unused.callback(target.close)
                 target = summed(target, lower, spans)

@@ -21,8 +21,8 @@ from obdlab.errors import FormatError, ObdlabError, SourceError
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
 from obdlab.formats.tarsums import PIECE_OF_COMPRESSED, PIECE_OF_PLAIN, TarSums
 from obdlab.formats.turbofiles import INDEXES, MARKER, SUMS_FILE, meta_name
+from obdlab.image.target import uncompressed_target
 from obdlab.layerfiles.writing import Packing, write_packed
-from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.gzipwriter import GzipIndexWriter, SeveralMembersError
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.spancache import SpanCache
@@ -30,7 +30,6 @@ from obdlab.layers.stack import Stack
 from obdlab.layers.targetdisk import TargetDisk
 from obdlab.layers.upper import SparseUpper
 from obdlab.layers.warp import WarpLayer
-from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.layers.zstdwriter import ZstdIndexWriter
 from obdlab.localfile import LocalFile
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
@@ -180,22 +179,28 @@ class TurboBuilder:
             what = f"layer cannot be {_WAY_OUT}, or with --zstd-layers for obdlab alone"
             raise FormatError(what, blob=name, got=compression, wanted="a tar or tar+gzip")
         if compression not in INDEXES:
-            raise FormatError(f"layer cannot be {_WAY_OUT}", blob=name, got=compression, wanted="a tar or tar+gzip")
+            what = "layer is compressed as no image's layer may be: pack it again as tar+gzip"
+            raise FormatError(what, blob=name, got=compression, wanted="a tar or tar+gzip")
         try:
             if compression == "zstd":
                 frames = ZstdIndexWriter(blob=name)
                 self._expect(sums.passing(frames.decompressed(counted)), name, diff_id)
                 index.write_bytes(frames.to_bytes())
-                return _with_index(ZstdTarget, file.as_blob(), LocalFile(index), self._spans)
-            with index.open("xb") as sink:
-                writer = GzipIndexWriter(sink, blob=name, several=self._several_members)
-                self._expect(sums.passing(writer.decompressed(counted)), name, diff_id)
-            return _with_index(GzipTarget, file.as_blob(), LocalFile(index), self._spans)
+            else:
+                with index.open("xb") as sink:
+                    writer = GzipIndexWriter(sink, blob=name, several=self._several_members)
+                    self._expect(sums.passing(writer.decompressed(counted)), name, diff_id)
         except SeveralMembersError as error:
             what = f"layer cannot be {_WAY_OUT}, or with --several-members ({error.what})"
             raise FormatError(what, blob=name) from error
         except OSError as error:
             raise SourceError(f"cannot write the index: {error.strerror or error}", blob=str(index)) from error
+        stored = file.as_blob()
+        try:
+            return uncompressed_target(stored, str(index), self._spans)
+        except BaseException:
+            stored.close()
+            raise
 
     def _expect(self, tar: Iterable[bytes], name: str, diff_id: str) -> None:
         apply_layer(pieces_file(checked(tar, name, diff_id)), name, self._wanted)
@@ -232,15 +237,6 @@ class _Counted:
         data = self._file.read(size)
         self._advance(len(data))
         return data
-
-
-def _with_index(kind: type[GzipTarget | ZstdTarget], compressed: Blob, index: Blob, spans: SpanCache) -> Blob:
-    try:
-        return kind(compressed, index, spans=spans)
-    except BaseException:
-        compressed.close()
-        index.close()
-        raise
 
 
 def _pieces(blob: Blob) -> Iterator[bytes]:
