@@ -119,7 +119,7 @@ class ContentStore:
             raise ContainerdError(f"content {digest}: of another size (got {got_size}, wanted {size} bytes)")
         got = f"sha256:{sha256.hexdigest()}"
         if digest.startswith("sha256:") and got != digest:
-            raise ContainerdError(f"content {digest}: the store holds other bytes (got {got})")
+            raise ContainerdError(f"content {digest}: the store holds other bytes (got {got}, wanted {digest})")
         if held:
             yield held
 

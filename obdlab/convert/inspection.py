@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from obdlab.errors import FormatError
+from obdlab.convert.turbo.targets import look_for_target, verify_target
+from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import oci
 from obdlab.formats.lsmt.layout import is_lsmt
 from obdlab.formats.tar import parse_wrap
@@ -17,7 +18,7 @@ from obdlab.formats.zfile import Algorithm
 from obdlab.formats.zfile.layout import HEADER_SIZE, ZFileHeader, is_zfile
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from obdlab.cache.admin import CacheEntry
     from obdlab.convert.endpoints.endpoint import ImageSource
@@ -59,6 +60,10 @@ class LayerFacts:
     hash_tree: str
     #: The digest of a turboOCI layer's sums, by which reads of its target are checked; "" without sums.
     tar_sums: str
+    #: The digest of a turboOCI layer's target, its size as stored (0 if it is not there), and its fault.
+    target: str
+    target_size: int
+    target_fault: str
     annotations: Mapping[str, str]
 
 
@@ -91,7 +96,8 @@ class ImageFacts:
 def describe_image(source: ImageSource, platform: Platform, cached: Mapping[str, CacheEntry] | None) -> ImageFacts:
     """Describe an image. ``cached`` is the content of the block cache, by digest; None if it keeps no such source.
 
-    The first 4 KiB of each overlaybd layer are read. Raises SourceError, FormatError or CorruptBlobError.
+    The first 4 KiB of each overlaybd layer are read, and targets of turboOCI layers are looked for. Raises
+    SourceError, FormatError or CorruptBlobError.
     """
     _, root = source.root()
     descriptor, manifest = source.find(platform, overlaybd=True)
@@ -122,30 +128,50 @@ def describe_image(source: ImageSource, platform: Platform, cached: Mapping[str,
 
 
 def verify_image(source: ImageSource, facts: ImageFacts, platform: Platform, progress: Progress) -> ImageFacts:
-    """Read every layer whole and return the facts with ``verified`` set.
+    """Read every layer whole, and the targets of turboOCI layers, and return the facts with ``verified`` set.
 
-    Raises CorruptBlobError if one does not match its size or digest, SourceError if it cannot be read.
+    A wrong target is one of the facts. Raises CorruptBlobError if a layer does not match its size or digest,
+    SourceError if it cannot be read.
     """
     _, manifest = source.find(platform, overlaybd=True)
-    for number, layer in enumerate(manifest.layers):
+    layers = []
+    for number, (layer, described) in enumerate(zip(manifest.layers, facts.layers, strict=True)):
+        fault = described.target_fault
         with tempfile.TemporaryDirectory(prefix="obdlab-inspect-", dir="/var/tmp") as directory:
+            place = Path(directory)
             with progress.task(f"layer {number}", layer.size) as task:
-                file = source.fetch(layer, Path(directory), task.advance)
+                file = source.fetch(layer, place, task.advance)
             try:
                 while file.read(_COPY):
                     pass
             finally:
                 source.release(file)
-    return replace(facts, verified="verified: every layer was read whole and matches its digest")
+            if layer.turbo_target is not None and not fault:
+                with progress.task(f"layer {number}: target", described.target_size) as task:
+                    fault = _fault_of_target(source, layer, place, task.advance)
+        layers.append(replace(described, target_fault=fault))
+    if any(layer.target_fault for layer in layers):
+        return replace(facts, layers=tuple(layers), verified="not sound: a target is wrong")
+    what = "every layer and target" if any(layer.target for layer in layers) else "every layer"
+    return replace(facts, verified=f"verified: {what} was read whole and matches its digest")
+
+
+def _fault_of_target(source: ImageSource, layer: Descriptor, place: Path, advance: Callable[[int], None]) -> str:
+    try:
+        verify_target(source, layer, place, advance)
+    except ObdlabError as error:
+        return str(error)
+    return ""
 
 
 def _layer(source: ImageSource, layer: Descriptor, cached: Mapping[str, CacheEntry] | None) -> LayerFacts:
     kind = _layer_kind(layer)
     compression, block_size = _PLAIN_COMPRESSION.get(layer.media_type, "none"), 0
-    if kind != PLAIN:
+    if kind == OVERLAYBD:
         compression, block_size = _compression(source, layer)
     entry = None if cached is None else cached.get(layer.digest)
     keeps = cached is not None and kind != PLAIN
+    size, fault = (0, "") if layer.turbo_target is None else look_for_target(source, layer)
     return LayerFacts(
         digest=layer.digest,
         size=layer.size,
@@ -158,6 +184,9 @@ def _layer(source: ImageSource, layer: Descriptor, cached: Mapping[str, CacheEnt
         cached_verified=entry is not None and entry.verified,
         hash_tree=layer.annotations.get(oci.HASH_TREE, "").partition(",")[0],
         tar_sums=layer.annotations.get(oci.TAR_SUMS, ""),
+        target=layer.turbo_target or "",
+        target_size=size,
+        target_fault=fault,
         annotations=layer.annotations,
     )
 

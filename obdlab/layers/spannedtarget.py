@@ -50,7 +50,7 @@ class SpannedTarget(Blob):
     """The content of ``compressed``, the blob below, by the file ``index``; both belong to it once it is made.
 
     ``content`` has the offset in the content at which each span begins: the first is 0, and they increase. ``size``
-    is that of all content. A subclass decodes the spans, and tells where they are stored.
+    is that of all content. A subclass decodes the spans, and knows where they are stored.
 
     A span whose bytes do not decode is evicted from the caches below, and decoded once more.
     """

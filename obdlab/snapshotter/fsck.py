@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from obdlab.image.config import LowerConfig
     from obdlab.server.client import DeviceService
     from obdlab.snapshotter.overlaybd import ImageOptions
     from obdlab.snapshotter.store import Snapshot
@@ -223,9 +224,10 @@ class RootCheck:
             self._lost.add(snapshot.key)
             yield Finding(f"{name}: {error}", *forget)
             return
-        if lower.target_file and not os.path.isfile(lower.target_file):
+        trouble = _trouble_of_target(lower) if lower.target_file else ""
+        if trouble:
             yield Finding(
-                f"{name}: the layer with its files is gone from containerd's content store ({lower.target_file}); "
+                f"{name}: the layer with its files, in containerd's content store, cannot be read: {trouble}; "
                 "remove the image with its containers, and pull or make it again"
             )
 
@@ -315,6 +317,19 @@ def _delete(path: Path) -> None:
         delete_tree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+# What opening finds: a file that is gone, cut, or not of the layer's index. Its digest is not looked at.
+def _trouble_of_target(lower: LowerConfig) -> str:
+    from obdlab.blob import unwrapped
+    from obdlab.image.target import open_target
+    from obdlab.layers.spancache import SpanCache
+
+    try:
+        open_target(lower, None, unwrapped, SpanCache())[0].close()
+    except ObdlabError as error:
+        return str(error)
+    return ""
 
 
 def _trouble_of(file: Path) -> str:

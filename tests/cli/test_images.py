@@ -145,8 +145,11 @@ def test_turbo_oci_images_are_named_and_refused(layout: Path, capsys: pytest.Cap
     data = json.dumps(document).encode()
     ImageLayout(layout).add_bytes(oci.digest_of(data), data)
     ImageLayout(layout).set_tag("turbo", oci.Descriptor(oci.OCI_MANIFEST, oci.digest_of(data), len(data)))
-    found = inspected(capsys, f"oci:{layout}:turbo")
+    assert main(["image", "inspect", "--json", f"oci:{layout}:turbo"]) == 1  # there is no target
+    answer = json.loads(capsys.readouterr().out)
+    (found,) = answer["images"]
     assert (found["kind"], [layer["kind"] for layer in found["layers"]]) == ("mixed", ["overlaybd", "turboOCI"])
+    assert target in answer["errors"][0]
     for command in (["image", "verify", f"oci:{layout}:obd"], ["image", "compare", f"oci:{layout}:obd"]):
         assert main([*command, f"oci:{layout}:turbo"]) == 1
         (line,) = capsys.readouterr().err.splitlines()

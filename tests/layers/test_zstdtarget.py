@@ -152,8 +152,8 @@ def test_damage_is_no_content(monkeypatch: pytest.MonkeyPatch, most: int) -> Non
     for at in range(0, len(stored), 97):
         damaged = bytearray(stored)
         damaged[at] ^= 4
-        with pytest.raises(CorruptBlobError, match="layer"):
-            target(bytes(damaged), index).read_at(0, 200_000)
+        with closing(target(bytes(damaged), index)) as blob, pytest.raises(CorruptBlobError, match="layer"):
+            blob.read_at(0, 200_000)
         with pytest.raises(FormatError):
             index_of(bytes(damaged))
     for length in (1, 10, len(stored) - 1):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from obdlab.cli.main import main
+from obdlab.formats import oci
 from obdlab.image.config import ImageConfig, UpperConfig
 from obdlab.snapshotter.errors import AlreadyExistsError, NotFoundError
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
@@ -79,6 +82,34 @@ def test_turbo_layers_of_earlier_versions(
         config = tmp_path / "config.json"
         config.write_text('{"turboTargetsByLabel": true}')
         assert fsck(home, capsys, "--snapshotter-config", str(config))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("harm", "text"),
+    [
+        (lambda path: path.unlink(), r"cannot open \(No such file"),
+        (lambda path: path.write_bytes(bytes(999)), r"another size than its blob says \(got 999, wanted 1000\)"),
+        (lambda path: path.write_bytes(b"\x1f\x8b" * 500), r"is compressed, and no index is named \(got gzip"),
+    ],
+    ids=["missing", "cut", "another file"],
+)
+def test_targets_in_the_content_store_are_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], harm: Callable[[Path], object], text: str
+) -> None:
+    place = tmp_path / "store" / "blobs" / TARGETS[0].replace(":", "/")
+    place.parent.mkdir(parents=True)
+    place.write_bytes(bytes(1000))
+    labels = turbo_labels(0, oci.OCI_LAYER) | {oci.TURBO_TARGET_PLACE: oci.IN_CONTENT_STORE}
+    with closing(open_snapshotter(tmp_path, content_store=tmp_path / "store")) as snapshotter:
+        unpacked(snapshotter, labels, files=("ext4.fs.meta",))
+    home, config = tmp_path / "root", tmp_path / "config.json"
+    config.write_text(json.dumps({"contentStore": str(tmp_path / "store")}))
+    options = ("--snapshotter-config", str(config))
+    assert fsck(home, capsys, *options) == (0, [f"{home}: nothing wrong"])
+    harm(place)
+    status, lines = fsck(home, capsys, *options)
+    assert status == 1
+    assert re.search(rf"snapshot 1 .*cannot be read: {place}: .*{text}.*pull or make it again", lines[0]), lines
 
 
 def test_a_sound_root(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

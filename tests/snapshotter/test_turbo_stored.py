@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,7 +27,6 @@ from tests.snapshotter.test_turbo_images import made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.containerd
 
@@ -104,6 +105,50 @@ def test_missing_content_is_named(host: ObdlabHost, tmp_path: Path) -> None:
         with pytest.raises(PullError, match=f"does not have all of this image .*{target}"):
             unpack_stored(client, TURBO, snapshotter=NAME, platform=host_platform())
         assert client.snapshots(NAME).list() == []
+
+
+def changed_target(tmp_path: Path) -> tuple[str, Path]:
+    """Change one byte near the end of the image's lowest layer behind containerd's back; return digest and file."""
+    documents, manifest = imagefiles.image_documents(imagefiles.busybox_layers())
+    digest = oci.Manifest.parse(documents[manifest], IMAGE).layers[0].digest
+    store = tmp_path / "host" / "containerd" / "root" / "io.containerd.content.v1.content"
+    path = store / "blobs" / digest.replace(":", "/")
+    data = path.read_bytes()
+    path.chmod(0o644)
+    path.write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+    return digest, path
+
+
+def test_a_content_store_that_lies_makes_no_image(
+    host: ObdlabHost, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported(host, tmp_path)
+    digest, _ = changed_target(tmp_path)
+    assert turbo(host, "--work-dir", str(tmp_path)) == 1
+    error = capsys.readouterr().err
+    assert re.search(rf"content {digest}: the store holds other bytes .got sha256:\w+, wanted {digest}", error)
+    assert TURBO not in host.ctr("images", "ls", "-q")
+    assert "sha256:" not in host.ctr("snapshots", "--snapshotter", NAME, "ls")
+
+
+def test_a_content_store_that_lies_later_is_found(
+    host: ObdlabHost, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported(host, tmp_path)
+    assert turbo(host, "--work-dir", str(tmp_path)) == 0
+    digest, path = changed_target(tmp_path)
+    capsys.readouterr()
+    inspect = ("image", "inspect", f"containerd:test:{TURBO}", "--containerd", host.containerd.address)
+    assert main([*inspect]) == 0
+    assert main([*inspect, "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert f"the files of layer 0 cannot be read: content {digest}: the store holds other bytes (got sha256:" in error
+    # A container sees an error, and never other bytes.
+    with pytest.raises(AssertionError, match=r"[Ii]nput/output error|EIO"):
+        host.ctr("run", "--rm", "--snapshotter", NAME, TURBO, "one", "/bin/sh", "-c", "cat /data/kept")
+    path.unlink()
+    assert main([*inspect]) == 1
+    assert "target of a turboOCI layer is not there" in capsys.readouterr().err
 
 
 def test_another_content_store_is_refused_with_the_setting(tmp_path: Path) -> None:

@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> int:
         _dump(args.dump_manifest, converted.document)
     if args.json:
         print_json(_as_dict(converted), indent=2)
-        return 0
-    if not args.quiet:
+    elif not args.quiet:
         for image in converted.images:
             print_table(image)
-            if image.is_turbo:
-                print(f"its files stay in the layers of {args.source}: that image must stay, too", file=sys.stderr)
-    print(converted.digest)
+    if any(image.is_turbo for image in converted.images):
+        print(_place_of_files(args), file=sys.stderr)  # also with --quiet: forgotten, it costs the image
+    if not args.json:
+        print(converted.digest)
     return 0
 
 
@@ -156,6 +156,21 @@ def _layer_dict(layer: ConvertedLayer) -> dict[str, Any]:
         "reused": layer.reused,
         "seconds": {phase: round(seconds, 3) for phase, seconds in built.seconds.items()},
     }
+
+
+# No manifest of a turboOCI image lists its targets, so that a garbage collection by manifests does not see their use.
+def _place_of_files(args: argparse.Namespace) -> str:
+    from obdlab.convert.endpoints.forms import CONTAINERD, REGISTRY, split_transport
+
+    transport, _ = split_transport(args.destination)
+    if transport == CONTAINERD:
+        return "its files are in the layers of the source, which containerd keeps as long as this image"
+    if transport == REGISTRY:
+        return (
+            f"its files stay in the layers of {args.source}: keep that image, with its tag, or the registry's "
+            "garbage collection may delete them"
+        )
+    return "its files are in the source's layers, which are beside it now, but in no manifest: copy or keep all of it"
 
 
 def _dump(path: Path, document: bytes) -> None:

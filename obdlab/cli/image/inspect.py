@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obdlab.cli.common import platform
-from obdlab.cli.image.inspect_image import inspect_image, print_image
+from obdlab.cli.image.inspect_image import faults_of, inspect_image, print_image
 from obdlab.cli.imageoptions import NAMES, add_image_options
 from obdlab.cli.jsonoutput import add_json_option, print_json
 from obdlab.cli.packing import size_text
@@ -26,7 +26,8 @@ Describes files and images.
 Of a file: tar window, ZFile and LSMT header fields, sizes. Several sealed layers are also shown as the stack they
 make, the first being the bottom.
 Of an image: its layers with digests, sizes, compression and annotations, the file system, whether it has a hot layer,
-the checksums of its bytes, and how much of it is in the block cache of this host.
+the checksums of its bytes, and how much of it is in the block cache of this host; of a turboOCI image also whether
+the ordinary layers with its files are there. --verify compares those with all that the image says of them, too.
 
 {NAMES}"""
 # Printed names of fields, where replacing underscores by blanks is not enough.
@@ -129,7 +130,9 @@ def _images(names: list[str], args: argparse.Namespace, errors: list[str]) -> li
     with image_client(args) as client:
         for name in names:
             try:
-                images.append(inspect_image(name, client, args))
+                image = inspect_image(name, client, args)
+                images.append(image)
+                errors += faults_of(image)
             except ObdlabError as error:
                 errors.append(str(error))
     return images

@@ -92,8 +92,20 @@ def print_image(facts: ImageFacts) -> None:
         hot += ", sums" if layer.tar_sums else ""
         kind = "" if layer.kind == facts.kind else f", {layer.kind}"
         print(f"  {number:3}  {layer.digest}  {size_text(layer.size)}, {packed}{kind}{hot}{here}")
+        if layer.target:
+            size = size_text(layer.target_size) if layer.target_size else "not there"
+            print(f"       files in {layer.target}  {size}{', WRONG' if layer.target_fault else ''}")
         for key, value in sorted(layer.annotations.items()):
             print(f"       {_annotation(key, value)}")
+
+
+def faults_of(facts: ImageFacts) -> list[str]:
+    """Return a sentence for each wrong target: the layer, the place, the found and the wanted value."""
+    return [
+        f"{facts.name}: the files of layer {number} cannot be read: {layer.target_fault}"
+        for number, layer in enumerate(facts.layers)
+        if layer.target_fault
+    ]
 
 
 def _hot(facts: ImageFacts) -> str:

@@ -57,6 +57,10 @@ class ContainerdSource(DownloadedSource):
     def beside(self, digest: str) -> oci.Descriptor | None:
         try:
             info = self._client.content.info(digest)
+            # containerd answers that from its database, also if the file is gone or cut.
+            if info.size and not self._client.content.read_range(digest, info.size - 1, 1):
+                what = f"containerd's content ends early (wanted {info.size} bytes)"
+                raise SourceError(what, blob=f"{self.name}@{digest}")
         except NotFoundError:
             return None
         return oci.Descriptor(oci.UNKNOWN_TYPE, digest, info.size)

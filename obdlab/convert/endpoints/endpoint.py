@@ -171,7 +171,7 @@ class DownloadedSource(ImageSource):
                     advance(len(piece))
         except OSError as error:
             raise SourceError(f"cannot download the layer: {error.strerror or error}", blob=str(path)) from error
-        return VerifiedFile(path, layer)
+        return VerifiedFile(path, layer, name=f"{self.name}@{layer.digest}")
 
     def release(self, layer: VerifiedFile) -> None:
         layer.close()

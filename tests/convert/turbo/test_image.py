@@ -174,7 +174,9 @@ def push(
 
 
 @pytest.mark.registry
-def test_in_a_registry_the_source_is_referred_to(registry_server: RegistryServer, tmp_path: Path) -> None:
+def test_in_a_registry_the_source_is_referred_to(
+    registry_server: RegistryServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_layout(tmp_path / "source", [[member("a", b"a" * 9000)]], how="plain")
     source, subject = push(registry_server, tmp_path / "source", "turbo/image")
     destination = source.replace(":v1", ":v1-turbo")
@@ -186,6 +188,16 @@ def test_in_a_registry_the_source_is_referred_to(registry_server: RegistryServer
         fetched = client.get_manifest(reference)
         assert oci.digest_of(fetched.data) == image.digest
         assert client.has_blob(client.repository(reference), image.manifest.layers[0].turbo_target or "")
+    for options in (["-q"], ["--json"]):
+        assert (
+            main(["image", "convert", source, destination, *options, "--as", "turbo-oci", "--database", "none"]) == 0
+        )
+        printed = capsys.readouterr()
+        assert printed.err == (
+            f"its files stay in the layers of {source}: keep that image, with its tag, or the registry's garbage "
+            "collection may delete them\n"
+        )
+        assert printed.out.startswith("sha256:" if options == ["-q"] else "{")
     elsewhere = f"{registry_server.host}/turbo/other:v1"
     with pytest.raises(FormatError, match=r"must be in the repository .*wanted a source in the same"):
         convert(source, elsewhere, turbo(tmp_path))
@@ -201,7 +213,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr()
     (entry,) = ImageLayout(tmp_path / "out").select("v1")
     assert printed.out == f"{entry.digest}\n"
-    assert f"its files stay in the layers of {layout.root}: that image must stay, too" in printed.err
+    assert "its files are in the source's layers, which are beside it now, but in no manifest" in printed.err
     assert main([*command, *common, "--json"]) == 0
     (image,) = json.loads(capsys.readouterr().out)["images"]
     assert image["digest"] == entry.digest
