@@ -47,7 +47,7 @@ long-packages:
 
 # What experiments compare with, beyond what setup installs; `obdlab doctor` tells what is there.
 peers:
-	@scripts/install-packages stargz-snapshotter soci-snapshotter openssl
+	@scripts/install-packages stargz-snapshotter soci-snapshotter openssl pigz
 	@scripts/build-stargz
 
 $(VENV)/.installed: pyproject.toml obdlab/layers/_blocks.c
@@ -113,9 +113,9 @@ benchmarks: setup
 figures: setup
 	$(BIN)/python -m tests.figures
 
-# On a quiet machine, after `make peers`: hours. experiments/measured/first_set/README.md.
+# On a quiet machine, after `make peers`: hours. experiments/measured/first_set/README.md. SET: as SET="repeats=5".
 first-set: setup
-	$(BIN)/obdlab lab run experiments/first_set.toml --results experiments/measured
+	$(BIN)/obdlab lab run experiments/first_set.toml --results experiments/measured $(foreach each,$(SET),--set '$(each)')
 	$(BIN)/python -m tests.figures
 
 protos: setup

@@ -17,6 +17,7 @@ from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attemp
 from obdlab.lab.run.starts import summaries_of
 from obdlab.lab.run.statistics import Estimate, median_interval, ratio_interval
 from obdlab.lab.run.summary import caveats, findings, summarise, summary_records, surely_different
+from tests.figures import benchmarks
 
 Row = dict[str, Any]
 
@@ -32,7 +33,8 @@ _USUAL_COUNT = 3
 def figures() -> dict[str, str]:
     """Return the text of all figures by name."""
     made = {name: make() for name, make in _FIGURES.items()}
-    return {**made, **{f"ledger-{key}": text for key, text in _ledger().items()}}
+    made |= {f"ledger-{key}": text for key, text in _ledger().items()}
+    return made | {f"benchmark-{name}": benchmarks.table(name) for name in benchmarks.SHOWN}
 
 
 def files() -> dict[Path, str]:
@@ -311,6 +313,16 @@ def _grid(run: Run, axes: Sequence[str], metrics: dict[str, str]) -> Callable[[]
     return made
 
 
+# Both defaults, of the layers of pydata.
+def _default_size() -> str:
+    rows = Results(MEASURED / "evaluation").rows(CODEC)
+    ours, theirs = (
+        median(row["ratio"] for row in rows if (row["algorithm"], row["block_size"]) == pair)
+        for pair in (("zstd", 16384), ("lz4", 4096))
+    )
+    return f"{ours:.2f} of the content of a Python image, in place of {theirs:.2f}"
+
+
 # Of each number of children: the time that the working set takes over a child's share of its parent's link, the time
 # that a unit takes down all hops, and the simulated slowest starts.
 def _simulated_flat() -> str:
@@ -481,6 +493,7 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "floors": _has_floor,
     "starts": _starts_table,
     "explained": _explained,
+    "default-size": _default_size,
     "codec": _grid(
         CODEC,
         ("algorithm", "block_size"),

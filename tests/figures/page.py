@@ -1,9 +1,6 @@
 """Pages with figures: each stands between two comments, the first of which names it.
 
-    <!-- figures: peers-warm -->...<!-- end of figures -->
-
-A part of a page whose figures a benchmark printed, without rows, is between ``<!-- no rows: COMMAND -->`` and the
-same end. A reader sees that as a sentence.
+<!-- figures: peers-warm -->...<!-- end of figures -->
 """
 
 from __future__ import annotations
@@ -14,12 +11,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 _BLOCK = re.compile(r"(<!-- figures: (\S+) -->)(.*?)(<!-- end of figures -->)", re.DOTALL)
-_NO_ROWS = re.compile(r"<!-- no rows: .*? -->(.*?)<!-- end of figures -->", re.DOTALL)
 _CODE = re.compile(r"^```.*?^```|^    .*?$|`[^`\n]*`|\]\([^)]*\)", re.DOTALL | re.MULTILINE)
 #: A number of a measured quantity.
-_QUANTITY = re.compile(r"\d(?:[\d,.]*\d)? ?(?:s|ms|µs|us|MB/s|GB/s|MiB/s|IOPS|times|%|minutes?|seconds)(?![\w/])")
-#: The sentence that a reader sees before such a part.
-NO_ROWS = "Printed by the benchmark; no rows were kept."
+_QUANTITY = re.compile(
+    r"\d(?:[\d,.]*\d)? ?(?:s|ms|µs|us|MB|GB|MB/s|GB/s|MiB/s|IOPS|times|%|minutes?|seconds)(?![\w/])"
+)
 
 
 class PageError(Exception):
@@ -35,7 +31,7 @@ def pages() -> list[Path]:
 
 def written(text: str, figures: Mapping[str, str], where: str = "page") -> str:
     """Return the page with today's figures. Raises PageError."""
-    if text.count("<!-- figures: ") + text.count("<!-- no rows: ") != text.count("<!-- end of figures -->"):
+    if text.count("<!-- figures: ") != text.count("<!-- end of figures -->"):
         raise PageError(f"{where}: a comment that begins figures has no end, or the reverse")
 
     def block(match: re.Match[str]) -> str:
@@ -52,14 +48,9 @@ def names(text: str) -> list[str]:
     return [match[2] for match in _BLOCK.finditer(text)]
 
 
-def without_rows(text: str) -> list[str]:
-    """Return the parts of a page that a benchmark printed."""
-    return [match[1] for match in _NO_ROWS.finditer(text)]
-
-
 def unsupported(text: str) -> Iterator[str]:
     """Yield the measured quantities outside all figures, with the line of each."""
-    rest = _CODE.sub("", _NO_ROWS.sub("", _BLOCK.sub("", text)))
+    rest = _CODE.sub("", _BLOCK.sub("", text))
     for line in rest.splitlines():
         for match in _QUANTITY.finditer(line):
             yield f"{match[0]}: {line.strip()}"

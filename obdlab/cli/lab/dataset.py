@@ -77,7 +77,8 @@ def _build(args: argparse.Namespace) -> int:
     target = args.to or ""
     reference = Reference.parse(target) if target and not target.startswith(_LAYOUT_PREFIX) else None
     directories = _directories(args)
-    if not args.recipe.endswith(".toml") and not any((place / args.recipe).is_dir() for place in directories):
+    name = args.recipe.partition("?")[0]
+    if not name.endswith(".toml") and not any((place / name).is_dir() for place in directories):
         raise RecipeError(f"no recipe named {args.recipe!r} in {_places(directories)}")
     work_dir = args.work_dir or DEFAULT_WORK_DIR
     with closing(registry_from(args)) as client:

@@ -9,7 +9,7 @@ from obdlab.lab.baselines.adapter import Adapter
 from obdlab.lab.baselines.erofslayers import ErofsLayers
 from obdlab.lab.baselines.file import Erofs, PlainLoop
 from obdlab.lab.baselines.lazy import Lazy, LazySmall, Verified
-from obdlab.lab.baselines.overlayfs import Overlayfs
+from obdlab.lab.baselines.overlayfs import Overlayfs, OverlayfsUnpigz
 from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
 from obdlab.lab.baselines.stargz import Stargz, StargzRecorded, StargzZstd
@@ -18,6 +18,7 @@ from obdlab.lab.baselines.zstdlayers import OverlayfsZstd
 
 _ALL = (
     Overlayfs(),
+    OverlayfsUnpigz(),
     OverlayfsZstd(),
     Lazy(),
     LazySmall(),

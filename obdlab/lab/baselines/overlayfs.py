@@ -11,11 +11,13 @@ from obdlab.registry.reference import Reference
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from obdlab.lab.baselines.adapter import Source
     from obdlab.lab.images.recipe import Probe
     from obdlab.lab.testbed.containerd import OwnContainerd
+    from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.lab.testbed.startedcontainer import RunningContainer
     from obdlab.registry.client import RegistryClient
 
@@ -64,3 +66,20 @@ class Overlayfs(Adapter):
     def versions(self) -> dict[str, str]:
         """Return containerd's version."""
         return {"containerd": first_line("containerd", "--version")}
+
+
+class OverlayfsUnpigz(Overlayfs):
+    """The same where pigz is installed: containerd then unpacks by ``unpigz``, a process for each layer."""
+
+    name: ClassVar[str] = "overlayfs-unpigz"
+    title: ClassVar[str] = "a full pull with overlayfs and unpigz"
+    snapshotter: ClassVar[str] = "overlayfs"
+    programs: ClassVar[dict[str, str]] = {**Overlayfs.programs, "unpigz": "pigz"}
+
+    def serving(self, host: OwnContainerd, registry: RegistryHost) -> AbstractContextManager[None]:
+        """Run containerd with unpigz."""
+        return host.unpacking_by_unpigz()
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of containerd and pigz."""
+        return {**super().versions(), "pigz": first_line("unpigz", "--version")}

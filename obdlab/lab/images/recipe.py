@@ -21,6 +21,10 @@ registry (``image = "host/name:tag"``)::
 
     [probe]
     ready_line = "READY"             # ready when a line of the container's output holds this text
+
+A recipe may have arguments: ``[arguments]`` names whole numbers with their defaults, and ``@name@`` stands for each
+anywhere in the file. The image ``weights?mib=64`` is that of the recipe ``weights`` with another value;
+``size_mb_each`` adds to ``size_mb`` for each unit.
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ _MOST_SIZE_MB = 1e6
 _NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+(?:=[A-Za-z0-9.+~:-]+)?")
 _LOCKED = re.compile(r"[a-z0-9][a-z0-9+.-]+:[a-z0-9-]+=[A-Za-z0-9.+~:-]+")
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _SUITE = re.compile(r"[a-z][a-z0-9-]*")
 
 
@@ -117,10 +122,13 @@ class Recipe:
     locked: tuple[str, ...] = ()
 
     @classmethod
-    def load(cls, path: Path) -> Self:
-        """Read a recipe file, the sources of its files and its lock, all in its directory. Raises RecipeError."""
+    def load(cls, path: Path, arguments: Mapping[str, int] | None = None) -> Self:
+        """Read a recipe file, the sources of its files and its lock, all in its directory. Raises RecipeError.
+
+        ``arguments`` replace defaults of the recipe's.
+        """
         try:
-            values = tomllib.loads(path.read_text())
+            values = _with_arguments(path.read_text(), arguments or {}, path)
             locked = read_lock(path.with_name(LOCK_NAME))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise RecipeError(f"{path}: {error}") from error
@@ -133,6 +141,8 @@ class Recipe:
     def from_values(cls, values: Mapping[str, Any], path: Path) -> Self:
         """Check a parsed recipe. Raises RecipeError."""
         top = _Table(values, str(path))
+        arguments, each = top.table("arguments"), top.table("size_mb_each")
+        more_mb = sum(each.number(key, 0.0) * arguments.number(key, 0.0) for key in each.keys())  # noqa: SIM118
         recipe = cls(
             name=top.text("name", pattern=_NAME),
             description=top.text("description", ""),
@@ -142,7 +152,7 @@ class Recipe:
             layers=tuple(_layer(table, path.parent) for table in top.tables("layer")),
             config=_config(top.table("config")),
             probe=_probe(top.table("probe")),
-            size_mb=top.number("size_mb", 0.0),
+            size_mb=top.number("size_mb", 0.0) + more_mb,
         )
         top.end()
         if not 0 <= recipe.size_mb <= _MOST_SIZE_MB:
@@ -162,21 +172,32 @@ class Recipe:
 
 def image_label(name: str, directories: Iterable[Path] = ()) -> str:
     """Return an image's name for tables and reports: its recipe's name, also if ``name`` is a path."""
-    if not name.endswith(".toml"):
+    place, mark, arguments = name.partition("?")
+    if not place.endswith(".toml"):
         return name
     try:
-        return find_recipe(name, directories).name
+        return find_recipe(name, directories).name + mark + arguments
     except RecipeError:  # the recipe may be gone; stored rows outlive it
-        return Path(name).parent.name or name
+        return (Path(place).parent.name or place) + mark + arguments
 
 
 def find_recipe(name: str, directories: Iterable[Path]) -> Recipe:
-    """Return the recipe ``name``: a TOML file's path, or a dataset in one of ``directories``. Raises RecipeError."""
-    return Recipe.load(recipe_path(name, directories))
+    """Return the recipe ``name``: a TOML file's path, or a dataset in one of ``directories``. Raises RecipeError.
+
+    ``name?key=number&key=number`` gives arguments.
+    """
+    arguments = {}
+    for word in filter(None, name.partition("?")[2].split("&")):
+        key, _, value = word.partition("=")
+        if not _NUMBER.fullmatch(value):
+            raise RecipeError(f"{name}: wanted name?key=number (got {word!r})")
+        arguments[key] = int(value)
+    return Recipe.load(recipe_path(name, directories), arguments)
 
 
 def recipe_path(name: str, directories: Iterable[Path]) -> Path:
     """Return the path of the recipe that :func:`find_recipe` reads. Raises RecipeError."""
+    name = name.partition("?")[0]
     if name.endswith(".toml"):
         return Path(name)
     tried = [directory / name / "recipe.toml" for directory in directories]
@@ -190,6 +211,22 @@ def list_recipes(directories: Iterable[Path]) -> list[Recipe]:
     """Return every recipe in ``directories``, sorted by name."""
     paths = [path for directory in directories for path in directory.glob("*/recipe.toml")]
     return sorted((Recipe.load(path) for path in paths), key=lambda recipe: recipe.name)
+
+
+# The values of a recipe with its arguments in place of their marks. Raises RecipeError and TOMLDecodeError.
+def _with_arguments(text: str, given: Mapping[str, int], path: Path) -> dict[str, Any]:
+    declared = tomllib.loads(text).get("arguments", {})
+    if not isinstance(declared, Mapping) or any(type(value) is not int for value in declared.values()):
+        raise RecipeError(f"{path}: arguments: wanted a table of whole numbers (got {declared!r})")
+    if unknown := sorted(set(given) - set(declared)):
+        raise RecipeError(
+            f"{path}: arguments: unknown (got {', '.join(unknown)}, wanted among {', '.join(declared)})"
+        )
+    arguments = {**declared, **given}
+    for key, value in arguments.items():
+        text = text.replace(f"@{key}@", str(value))
+    values = tomllib.loads(text)
+    return {**values, "arguments": arguments} if arguments else values
 
 
 def _check_origin(recipe: Recipe, path: Path) -> None:

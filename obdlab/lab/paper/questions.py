@@ -109,10 +109,10 @@ QUESTIONS: tuple[Question, ...] = (
         "launch_shape",
         "Is the launch itself slower, or does it have a longer tail?",
         "Fig 19",
-        "The time from create to ready, start by start, when all is local.",
+        "The time from create to ready of a cold start, its pull left out; beside it that of starts with all local.",
         (START,),
         _NETWORK + " The paper's axis has no unit: only the shape can be compared.",
-        {"start": ("dropped",), "disk": ("native",)},
+        {"start": ("cold", "dropped"), "disk": ("native",)},
     ),
     Question(
         "random_read",

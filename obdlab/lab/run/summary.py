@@ -151,7 +151,7 @@ def caveats(rows: Sequence[Row]) -> list[str]:
     again = [row for row in rows if row.get("again")]
     if again:
         sentences.append(
-            f"{len(again)} warm starts are second or third tries: the first met blocks that no start had read, "
+            f"{len(again)} warm starts are later tries: the first met blocks that no start had read, "
             "or a page cache that another program had dropped."
         )
     changed = sorted({json.dumps(row["settings"], sort_keys=True) for row in rows if row.get("settings")})

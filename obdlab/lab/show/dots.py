@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.statistics import median_interval, ratio_interval
-from obdlab.lab.show.style import LABEL, ORIGINS, PAPER, PAPER_TEXT, SMALL, colour, origin_look, plain, titled
+from obdlab.lab.show.style import LABEL, ORIGINS, PAPER, PAPER_TEXT, SMALL, below, colour, origin_look, plain, titled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -44,8 +44,8 @@ def draw_ratios(
     for some arms.
     """
     paper, baselines = paper or {}, baselines or {}
-    below = {arm: list(measured.get(baselines.get(arm, baseline), ())) for arm in measured}
-    drawn = {arm: list(values) for arm, values in measured.items() if values and below[arm]}
+    bases = {arm: list(measured.get(baselines.get(arm, baseline), ())) for arm in measured}
+    drawn = {arm: list(values) for arm, values in measured.items() if values and bases[arm]}
     if not titled(axes, title, bool(drawn or paper)):
         return
     names = [*drawn, *(name for name in paper if name not in drawn)]
@@ -53,10 +53,10 @@ def draw_ratios(
     names.sort(key=lambda name: first.index(name) if name in first else len(first))
     for place, name in enumerate(names):
         if name in drawn:
-            middle = median_interval(below[name]).median
+            middle = median_interval(bases[name]).median
             ratios = [value / middle for value in drawn[name]]
             is_base = name == baselines.get(name, baseline)
-            found = median_interval(ratios) if is_base else ratio_interval(drawn[name], below[name])
+            found = median_interval(ratios) if is_base else ratio_interval(drawn[name], bases[name])
             _draw_row(axes, place, name, ratios, found, f"{found.median:.2f}")
         if name in paper:
             axes.plot(paper[name], place + 0.28, "D", color=PAPER, markersize=6, markerfacecolor="white", zorder=4)
@@ -115,10 +115,8 @@ def _legend(axes: Axes, measured: bool, paper: bool) -> None:
     if paper:
         theirs = Line2D([], [], marker="D", linestyle="", color=PAPER, markerfacecolor="white")
         marks.append((theirs, "the paper's ratio"))
-    # Below the axes: a sample may lie in any corner.
     handles, labels = zip(*marks, strict=True)
-    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 3}
-    axes.legend(handles, labels, fontsize=SMALL, frameon=False, **place)
+    below(axes, handles, labels)
 
 
 def draw_lines(

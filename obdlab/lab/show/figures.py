@@ -10,6 +10,7 @@ from obdlab.lab.paper.published import paper_values
 from obdlab.lab.run.rows import AA_SUFFIX, one_per_attempt, told_apart
 from obdlab.lab.run.summary import PHASES, noise_floor, summarise
 from obdlab.lab.show.dots import draw_ratios
+from obdlab.lab.show.style import LABEL, SMALL, below, plain
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 DADI = "#3b6e8f"
 PHASE_COLOURS = {"pull_s": "#9db4c8", "create_s": "#e0c58f", "start_s": "#c98f5f", "ready_s": DADI}
+# Inches for a row of either panel.
+_ROW = 0.3
 PHASE_LABELS = {"pull_s": "pull", "create_s": "create", "start_s": "start", "ready_s": "start to ready"}
 
 
@@ -37,7 +40,12 @@ def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
     if len(networks) != 1:
         raise ValueError(f"one network a figure (got {sorted(networks)})")
     rate_mbit, rtt_ms = networks.pop()
-    figure, axes = plt.subplots(2, 2, figsize=(11.5, 7.4), width_ratios=[1.1, 1], layout="constrained")
+    rows_of = {start: len({(s.image, s.arm) for s in summaries if s.start == start}) for start in ("cold", "warm")}
+    # The paper has arms of its own.
+    heights = [1.1 + _ROW * max(3, count + more) for count, more in zip(rows_of.values(), (3, 1), strict=True)]
+    figure, axes = plt.subplots(
+        2, 2, figsize=(11.5, sum(heights)), width_ratios=[1.1, 1], height_ratios=heights, layout="constrained"
+    )
     images = list(dict.fromkeys(summary.image for summary in summaries))
     for place, (start, paper) in enumerate((("cold", _paper_cold()), ("warm", _paper_warm()))):
         draw_phases(axes[place, 0], [s for s in summaries if s.start == start], f"{start} start: seconds, by phase")
@@ -48,9 +56,9 @@ def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
         else:  # each image has a baseline of its own; the paper has another image
             own = {name: f"{name.partition(': ')[0]}: {baseline}" for name in totals}
             draw_ratios(axes[place, 1], totals, title, baseline=baseline, baselines=own)
-    figure.suptitle(
-        f"Container start over {rate_mbit:g} Mbit/s, {rtt_ms:g} ms round trip", fontsize=13, x=0.01, ha="left"
-    )
+    of = f"{images[0]}: c" if len(images) == 1 else "C"
+    title = f"{of}ontainer start over {rate_mbit:g} Mbit/s, {rtt_ms:g} ms round trip"
+    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     floors = {start: noise_floor(s for s in summaries if s.start == start) for start in ("cold", "warm")}
     told = [f"{floor:.1%} when {start}" for start, floor in floors.items() if floor is not None]
     if told:
@@ -66,35 +74,37 @@ def draw_phases(axes: Axes, summaries: list[Summary], title: str) -> None:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
         return
     images = list(dict.fromkeys(summary.image for summary in summaries))
-    labels = [s.arm.replace(AA_SUFFIX, "\nagain (A/A)") for s in summaries]
-    if len(images) > 1:
-        labels = [f"{s.image}\n{label}" for s, label in zip(summaries, labels, strict=True)]
+    labels = [_label(s.image, s.arm.replace(AA_SUFFIX, " again"), images) for s in summaries]
     positions = range(len(summaries))
-    bottoms = [0.0] * len(summaries)
+    begins = [0.0] * len(summaries)
     # Medians of phases need not add up to the median of the total, so each phase gets its share of the total.
     scales = [summary.total_s.median / (sum(summary.phases_s) or 1.0) for summary in summaries]
     for index, phase in enumerate(PHASES):
-        heights = [summary.phases_s[index] * scale for summary, scale in zip(summaries, scales, strict=True)]
-        if max(heights) > 0:
-            axes.bar(positions, heights, 0.62, bottoms, color=PHASE_COLOURS[phase], label=PHASE_LABELS[phase])
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+        widths = [summary.phases_s[index] * scale for summary, scale in zip(summaries, scales, strict=True)]
+        if max(widths) > 0:
+            axes.barh(positions, widths, 0.62, begins, color=PHASE_COLOURS[phase], label=PHASE_LABELS[phase])
+        begins = [begin + width for begin, width in zip(begins, widths, strict=True)]
     _whiskers(axes, summaries)
-    axes.set_xticks(list(positions), labels, fontsize=8.5)
-    axes.legend(fontsize=8, frameon=False, ncols=2)
-    _plain(axes, max(s.total_s.high for s in summaries))
+    axes.set_yticks(list(positions), labels, fontsize=SMALL)
+    axes.set_ylim(len(summaries) - 0.4, -0.6)
+    axes.set_xlim(0, max(s.total_s.high for s in summaries) * 1.25)
+    plain(axes, "", grid="x")
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("seconds", fontsize=LABEL)
+    below(axes, *axes.get_legend_handles_labels(), columns=4)
 
 
 def _whiskers(axes: Axes, summaries: list[Summary]) -> None:
-    highest = max(s.total_s.high for s in summaries)
     for position, summary in enumerate(summaries):
         total = summary.total_s
         if total.has_interval:
-            below, above = total.median - total.low, total.high - total.median
-            axes.errorbar(position, total.median, [[below], [above]], color="black", capsize=4, linewidth=1.2)
+            less, more = total.median - total.low, total.high - total.median
+            axes.errorbar(total.median, position, xerr=[[less], [more]], color="black", capsize=4, linewidth=1.2)
         text = f"{total.median:.2f} s"
         if summary.ratio is not None:
-            text += f"\n×{summary.ratio.median:.2f}"
-        axes.text(position, total.high + 0.03 * highest, text, ha="center", va="bottom", fontsize=8.5)
+            text += f", ×{summary.ratio.median:.2f}"
+        end = total.high if total.has_interval else total.median
+        axes.annotate(text, (end, position), (5, 0), textcoords="offset points", va="center", fontsize=SMALL)
 
 
 def _label(image: str, arm: str, images: Sequence[str]) -> str:
@@ -131,10 +141,3 @@ def _paper_warm() -> dict[str, float]:
     }
     base = values["overlay2"]
     return {"obdlab": values["DADI"] / base, "LVM": values["thin LVM (device mapper)"] / base}
-
-
-def _plain(axes: Axes, highest: float) -> None:
-    axes.set_ylabel("seconds", fontsize=9)
-    axes.set_ylim(0, highest * 1.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(axis="x", length=0)

@@ -23,6 +23,11 @@ PAPER_TEXT = "#7c6a45"
 COLOURS = {
     "overlayfs": "#7d7d7d",
     "overlayfs-zstd": "#a0a0a0",
+    "overlayfs-unpigz": "#5b5b5b",
+    "erofs-layers": "#7a5f9a",
+    "stargz-zstd": "#a9b86f",
+    "stargz-recorded": "#5f6d2a",
+    "obdlab-64k": "#6fa3c4",
     "obdlab": "#3b6e8f",
     "obdlab-prefetch": "#5f9ea0",
     "obdlab-hot": "#c98f5f",
@@ -99,6 +104,13 @@ def plain(axes: Axes, unit: str, grid: str = "y") -> None:
     axes.grid(visible=False)
     axes.grid(axis="x" if grid == "x" else "y", color="#e6e6e6", linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+def below(axes: Axes, handles: Sequence[Any], labels: Sequence[str], columns: int = 3) -> None:
+    """Draw a legend below the axes and their label: a sample may lie in any corner."""
+    inches = axes.get_window_extent().height / axes.figure.dpi
+    place: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.5 / inches)}
+    axes.legend(handles, labels, fontsize=SMALL, frameon=False, ncols=columns, **place)
 
 
 def titled(axes: Axes, title: str, measured: bool) -> bool:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.lab.testbed.registry import RegistryHost, Request, Traffic
 
-_PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc", "ctr-remote", "soci")
+_PROGRAMS = ("ctr", "containerd", "containerd-shim-runc-v2", "runc", "ctr-remote", "soci", "unpigz")
 # Mapped pages (of a device server, of another container) survive the drop.
 _MOST_RESIDENT = 0.02
 _DROP_TIMEOUT_S = 30.0

@@ -80,11 +80,11 @@ class OwnContainerd(Closing):
         self._proxies = tuple(proxies)
         self._settings = replace(settings or Settings(), cache_dir=self.cache_dir)
         self._served: dict[str, Path] = {}
-        self._always_lazy, self._unpigz = always_lazy, unpigz
+        self._always_lazy, self.unpigz = always_lazy, unpigz
         # Go's programs and OpenSSL both read the certificates that they trust from this file.
-        trust = {} if certificate is None else {"SSL_CERT_FILE": str(certificate)}
-        self.environment: dict[str, str] = {**trust, **({} if unpigz else _NO_PIGZ)}
+        self._trust = {} if certificate is None else {"SSL_CERT_FILE": str(certificate)}
         self._stack = ExitStack()
+        self._containerd = ExitStack()
         self._running: list[RunningContainer] = []
 
     def __enter__(self) -> Self:
@@ -109,7 +109,8 @@ class OwnContainerd(Closing):
             stack.callback(self.devices.shutdown, force=True)
             if self._always_lazy:
                 self._start_snapshotter(stack)
-            self._start_containerd(stack)
+            stack.callback(lambda: self._containerd.close())
+            self._start_containerd()
             stack.callback(self.remove_everything)
             self._stack = stack.pop_all()
         return self
@@ -117,6 +118,11 @@ class OwnContainerd(Closing):
     def close(self) -> None:
         """Remove containers and images, stop both daemons, unmount, delete all but logs. Idempotent."""
         self._stack.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The variables that all daemons and clients get: the trusted certificate, and whether unpigz unpacks."""
+        return {**self._trust, **({} if self.unpigz else _NO_PIGZ)}
 
     @property
     def address(self) -> Path:
@@ -179,6 +185,21 @@ class OwnContainerd(Closing):
             socket.unlink(missing_ok=True)
             unmount_below([root])
             shutil.rmtree(root, ignore_errors=True)
+
+    @contextmanager
+    def unpacking_by_unpigz(self) -> Iterator[None]:
+        """Start containerd again as one that unpacks by unpigz, and without afterwards; neither start is timed.
+
+        containerd looks for unpigz once in its life. Raises LabError.
+        """
+        if self.unpigz:
+            yield
+            return
+        self._start_again(unpigz=True)
+        try:
+            yield
+        finally:
+            self._start_again(unpigz=False)
 
     @contextmanager
     def serving_lazy(self) -> Iterator[None]:
@@ -302,7 +323,7 @@ class OwnContainerd(Closing):
             version = client.version()
         return {
             "containerd_version": version.version,
-            "unpigz": self._unpigz,
+            "unpigz": self.unpigz,
             "cri": False,
             "pull_client": "ctr images pull",
             "lazy_pull_client": "obdlab image pull",
@@ -333,20 +354,25 @@ class OwnContainerd(Closing):
         for child in children_of(snapshotter.pid):
             self.groups.add(child)
 
-    def _start_containerd(self, stack: ExitStack) -> None:
+    def _start_containerd(self) -> None:
         config = self.state / "config.toml"
         config.write_text(self._configuration())
-        daemon = Daemon(
-            "containerd",
-            ["containerd", "--config", config],
-            self.logs / "containerd.log",
-            environment=self.environment,
-        )
-        stack.callback(daemon.stop)
-        self.groups.add(daemon.pid)
-        daemon.wait_for(self._answers, "answer on its socket")
-        self._events = EventMonitor(self.ctr)
-        stack.callback(self._events.close)
+        with ExitStack() as stack:
+            command: list[str | Path] = ["containerd", "--config", config]
+            daemon = Daemon("containerd", command, self.logs / "containerd.log", self.environment)
+            stack.callback(daemon.stop)
+            self.groups.add(daemon.pid)
+            daemon.wait_for(self._answers, "answer on its socket")
+            self._events = EventMonitor(self.ctr)
+            stack.callback(self._events.close)
+            self._containerd = stack.pop_all()
+
+    # Images and snapshots stay; there must be no container.
+    def _start_again(self, *, unpigz: bool) -> None:
+        self._containerd.close()
+        self.address.unlink(missing_ok=True)
+        self.unpigz = unpigz
+        self._start_containerd()
 
     def _configuration(self) -> str:
         # JSON strings are TOML strings.

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import filecmp
+import os
+import re
+import subprocess
+import sys
 import tomllib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
@@ -56,15 +61,22 @@ def test_a_recipe_is_read_whole(tmp_path: Path) -> None:
 
 
 def test_the_datasets_have_layers_over_their_base() -> None:
-    # Those that experiments measure have five or more, as a usual image; the others were added for their traces.
+    # Those that experiments measure have five or more, as a usual image; the others were added for their traces, and
+    # are measured in the standard set alone.
     recipes = {recipe.name: recipe for recipe in list_recipes([DATASETS])}
-    measured = set()
-    for file in folder("experiments").glob("*.toml"):
-        declared = tomllib.loads(file.read_text())
-        measured |= {*declared.get("images", ()), *declared.get("axes", {}).get("image", ())} & set(recipes)
-    assert {"redis", "pydata", "postgres"} <= measured
+    files = folder("experiments").glob("*.toml")
+    declared = {file.stem: images_of(tomllib.loads(file.read_text())) for file in files}
+    standard = declared.pop("standard")
+    assert standard == set(recipes) - {"tiny"}
+    measured = {name for names in declared.values() for name in names} & set(recipes)
+    assert {"redis", "pydata", "postgres", "weights"} <= measured
     for recipe in recipes.values():
         assert len(recipe.layers) >= (5 if recipe.name in measured else 3), recipe.name
+
+
+def images_of(declared: dict[str, Any]) -> set[str]:
+    names = [*declared.get("images", ()), *declared.get("axes", {}).get("image", ())]
+    return {name.partition("?")[0] for name in names}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +139,59 @@ def test_a_registry_image_needs_only_a_probe(tmp_path: Path) -> None:
         tmp_path, 'name = "x"\nimage = "host.example/x:1"\n[probe]\nready_line = "up"\ncommand = ["serve"]\n'
     )
     assert (recipe.image, recipe.probe.command) == ("host.example/x:1", ("serve",))
+
+
+def test_arguments_stand_in_the_whole_recipe(tmp_path: Path) -> None:
+    more = "[size_mb_each]\nsize = 0.5\n[arguments]\nsize = 40\nshare = 7\n"
+    text = GOOD.replace('"true"', '"make @size@ @other@"').replace('A = "1"', 'A = "@share@"')
+    text = f"size_mb = 3\n{text}{more}"
+    recipe = load(tmp_path, text)
+    assert recipe.layers[0].run == ("make 40 @other@",)
+    assert recipe.config.environment[0] == ("A", "7")
+    assert recipe.size_mb == 23
+    path = tmp_path / "recipe.toml"
+    other = find_recipe(f"{path}?size=2&share=9", [])
+    assert (other.layers[0].run, other.config.environment[0]) == (("make 2 @other@",), ("A", "9"))
+    assert other.size_mb == 4
+    assert len({recipe.fingerprint(), other.fingerprint(), find_recipe(f"{path}?share=9", []).fingerprint()}) == 3
+    assert find_recipe(f"{path}?size=40", []).fingerprint() == recipe.fingerprint()
+    assert image_label(f"{path}?size=2") == "thing?size=2"
+    assert image_label("weights?mib=2") == "weights?mib=2"
+    for wrong, message in (
+        ("sise=2", "unknown (got sise, wanted among size, share)"),
+        ("size=x", "wanted name?key=number (got 'size=x')"),
+        ("size=-1", "wanted name?key=number"),
+        ("size", "wanted name?key=number"),
+    ):
+        with pytest.raises(RecipeError, match=re.escape(message)):
+            find_recipe(f"{path}?{wrong}", [])
+    with pytest.raises(RecipeError, match="whole numbers"):
+        load(tmp_path, text.replace("share = 7", 'share = "7"'))
+
+
+def test_the_weights_are_the_same_in_each_build_and_are_checked(tmp_path: Path) -> None:
+    def run(name: str, *words: object) -> str:
+        command = [sys.executable, DATASETS / "weights" / name, *map(str, words)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+            assert child.stdout is not None
+            told = ""
+            for line in child.stdout:
+                told += line
+                if line == "READY\n":
+                    child.terminate()
+        return told
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    run("make_weights.py", first, 24)
+    run("make_weights.py", second, 24)
+    assert filecmp.cmp(first, second, shallow=False)
+    assert first.stat().st_size > 24 << 20
+    assert run("serve.py", first, 100) == "24 MiB of 24 MiB read\nREADY\n"
+    assert run("serve.py", first, 50) == "12 MiB of 24 MiB read\nREADY\n"
+    with first.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\xff")  # no weight's high byte
+    assert "damaged weights" in run("serve.py", first, 100)
 
 
 def test_a_recipe_is_found_by_name_or_path(tmp_path: Path) -> None:

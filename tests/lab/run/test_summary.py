@@ -242,7 +242,7 @@ def test_reasons_for_caution_to_the_letter() -> None:
         "4 of 5 starts began on a busy host (load up to 3.2, limit 1.5): trust ratios more than seconds.",
         "2 starts with the page cache dropped asked the registry (for up to 2.8 MB).",
         (
-            "2 warm starts are second or third tries: the first met blocks that no start had read, or a page cache "
+            "2 warm starts are later tries: the first met blocks that no start had read, or a page cache "
             "that another program had dropped."
         ),
         'With obdlab\'s settings changed: {"a": 1}, {"a": 2, "b": 1}.',

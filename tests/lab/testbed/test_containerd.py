@@ -5,7 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -134,6 +134,34 @@ with (
     print(network.namespace, host.namespace, flush=True)
     sys.stdin.read()
 """
+
+
+@pytest.mark.containerd
+def test_an_arm_chooses_whether_unpigz_unpacks(
+    tiny_layout: Path, tmp_path: Path, state_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used, programs = tmp_path / "used", tmp_path / "programs"
+    programs.mkdir()
+    (programs / "unpigz").write_text(f'#!/bin/sh\necho unpigz >> {used}\nexec gzip "$@"\n')
+    (programs / "unpigz").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    layers = len(OciLayout(tiny_layout).manifest.layers)
+    with (
+        ExperimentNetwork(state_dir=state_dir) as network,
+        RegistryHost(tmp_path / "registry", network) as registry,
+        OwnContainerd(tmp_path / "host", state_dir) as host,
+    ):
+        reference = registry.push_layout(tiny_layout, "tiny")
+        for with_unpigz in (False, True, False):
+            used.unlink(missing_ok=True)
+            with host.unpacking_by_unpigz() if with_unpigz else nullcontext():
+                assert host.unpigz is with_unpigz
+                assert set(make_cold(host, registry).values()) == {0}
+                host.pull(reference)
+                host.remove_image(reference)
+            assert (used.read_text().count("unpigz") if used.exists() else 0) == (layers if with_unpigz else 0)
+    assert not below(state_dir)
+    assert not processes_naming(host.namespace)
 
 
 @pytest.mark.containerd
