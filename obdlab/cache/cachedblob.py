@@ -179,6 +179,10 @@ class CachedBlob(Blob):
         """Return the number of bytes in the units."""
         return self._files.length_of(first, stop)
 
+    def has(self, begin: int, end: int) -> bool:
+        """Return True if all units of the bytes ``[begin, end)`` are cached; their content is not looked at."""
+        return all(self._files.present(begin // self._unit, -(-end // self._unit)))
+
     def missing_piece(self, unit: int, length: int = PIECE) -> tuple[int, int] | None:
         """Return the next missing units from ``unit`` on, at most ``length`` bytes; None if all are cached."""
         most = max(1, length // self._unit)

@@ -198,11 +198,24 @@ class Fetches:
                 self._unused.update(range(flight.first, flight.stop))
         return flight
 
+    def hold_claimed(self, flight: Flight) -> None:
+        """Show a claimed flight to other processes, too, unless one of them fetches its units or has fetched them."""
+        files = self._units.files
+        if flight.held or files.claim(flight.first, flight.stop) is not None:
+            return
+        flight.held = not any(files.present(flight.first, flight.stop))
+        if not flight.held:
+            files.unclaim(flight.first, flight.stop)
+
     def fetch_claimed(self, flight: Flight, read: ReadUnits) -> None:
-        """Fetch a claimed flight by ``read(flight, call)``, and store it. Raises what ``read`` raises."""
+        """Fetch a claimed flight by ``read(flight, call)``, and store it. Raises what ``read`` raises.
+
+        Waits for another process that fetches the units: two that fetch the same in the same order, such as a pull
+        and the server of its image, take turns, and nothing comes twice.
+        """
         stop = flight.stop
         try:
-            self._fetch(flight, self._background(), patient=False, read=read)
+            self._fetch(flight, self._background(), patient=True, held=flight.held, read=read)
         finally:
             fetched = flight.first if flight.data is None else flight.stop  # other threads may fetch the rest
             with self._lock:
@@ -212,6 +225,8 @@ class Fetches:
         """Abandon a claimed flight; threads waiting for it fetch the units themselves."""
         with self._lock:
             self._unused.difference_update(range(flight.first, flight.stop))
+        if flight.held:
+            self._units.files.unclaim(flight.first, flight.stop)
         self._end(flight)
 
     def range_of(self, flight: Flight) -> tuple[int, int]:

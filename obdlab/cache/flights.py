@@ -62,7 +62,7 @@ class Flight(StateOf[State]):
     The state, that of all its units, changes under the lock of the blob's table of flights.
     """
 
-    __slots__ = ("ahead", "background", "data", "done", "error", "first", "prefetch", "stop", "streamed")
+    __slots__ = ("ahead", "background", "data", "done", "error", "first", "held", "prefetch", "stop", "streamed")
 
     def __init__(self, first: int, stop: int, *, ahead: bool) -> None:
         # As StateOf does: a miss makes a flight, and its calls are counted (tests/cache/test_misspath.py).
@@ -73,6 +73,7 @@ class Flight(StateOf[State]):
         self.ahead = ahead  # no reader waited when it was made
         self.background = False
         self.prefetch = False
+        self.held = False  # other processes see it, before it is fetched
         self.streamed = False  # its bytes came by the request of an earlier flight
         self.done = threading.Event()
         self.data: bytes | None = None

@@ -19,6 +19,7 @@ import os
 import select
 import stat
 import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 from obdlab.blob import MemoryBlob, WritableBlob
@@ -90,8 +91,12 @@ def send_again(connection: int) -> None:
             raise DeviceError(f"the kernel does not hand out requests again: {error.strerror}") from error
 
 
+@cache
 def can_send_again() -> bool:
-    """Return True if the kernel supports :func:`send_again`, tested by a probe. Raises DeviceError without FUSE."""
+    """Return True if the kernel supports :func:`send_again`, tested by a probe. Raises DeviceError without FUSE.
+
+    The kernel is asked once: forked processes know the answer from their parent.
+    """
     probe = FuseServer(MemoryBlob(bytes(abi.SECTOR)), name="probe")
     root = probe.start()
     try:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, overload
 
-from obdlab.blob import WritableBlob, unwrapped
+from obdlab.blob import WritableBlob, find, unwrapped
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.call import Call
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.index import MAX_LAYERS
@@ -22,7 +23,7 @@ from obdlab.image.target import open_target
 from obdlab.image.view import Disk
 from obdlab.layers import zfile
 from obdlab.layers.budget import Budget
-from obdlab.layers.ends import fetch_ends, fetch_rest_of_end
+from obdlab.layers.ends import fetch_ends, fetch_rest_of_end, places
 from obdlab.layers.lsmt import LsmtLayer, RepeatedLayer, open_layer
 from obdlab.layers.seal import SwitchMark
 from obdlab.layers.spancache import SpanCache
@@ -393,7 +394,10 @@ def _open_lowers(
         ThreadPoolExecutor(min(OPEN_THREADS, len(wanted)), "open-end") as ends,
     ):
         begun = _begin_hot(lowers, files, remote, wanted) if recorder is None else {}
-        layers = every(list(threads.map(lambda number: open_one(number, remote, ends), wanted)))
+        here = _to_open_here(lowers, files, remote, wanted, begun)
+        opening = {number: threads.submit(open_one, number, remote, ends) for number in wanted if number not in here}
+        opening |= {number: _done_here(open_one, number, remote) for number in here}
+        layers = every([opening[number].result() for number in wanted])
         remote.opened()
         return layers, tuple(identity[top] for top in tops), remote
 
@@ -410,6 +414,50 @@ def _begin_hot(
                 blob = remote.open_layer(lower)
                 begun[number] = (blob, stream_whole(blob))
     return begun
+
+
+# Threads cost more than opening a layer that is there: as a file, or its ends in the cache since the pull. Adds the
+# blobs of the latter to ``begun``.
+def _to_open_here(
+    lowers: Sequence[LowerConfig],
+    files: Sequence[str | None],
+    remote: RemoteLayers,
+    wanted: Sequence[int],
+    begun: dict[int, tuple[Blob, StreamAhead | None]],
+) -> list[int]:
+    found = []
+    for number in wanted:
+        lower = lowers[number]
+        if lower.is_turbo:
+            continue
+        if files[number]:
+            found.append(number)
+        elif lower.digest and lower.size:
+            with suppress(ObdlabError):  # as above
+                begun[number] = begun.get(number) or (remote.open_layer(lower), None)
+                if _has_ends(begun[number][0], remote.cache_unit):
+                    found.append(number)
+    return found
+
+
+def _has_ends(blob: Blob, unit: int) -> bool:
+    cached = find(blob, CachedBlob)
+    beginning, end = places(blob, unit)
+    return (
+        cached is not None
+        and cached.size == blob.size
+        and cached.has(0, beginning)
+        and (end == blob.size or cached.has(end, blob.size))
+    )
+
+
+def _done_here(open_one: Callable[..., LsmtLayer], *arguments: object) -> Future[LsmtLayer]:
+    done: Future[LsmtLayer] = Future()
+    try:
+        done.set_result(open_one(*arguments))
+    except Exception as error:
+        done.set_exception(error)
+    return done
 
 
 # Returns the layer, and an identity that no other file has, not even a later one in its place.
@@ -439,7 +487,7 @@ def _open_remote(
     kind: Kind,
 ) -> tuple[LsmtLayer, StreamAhead | None]:
     # Also returns the stream that fetches all of a hot layer ahead, unless reads are being recorded.
-    if remote is None or ends is None or not lower.digest:
+    if remote is None or not lower.digest:
         places = ", ".join(filter(None, (lower.file, lower.dir))) or "no file or dir"
         raise ImageOpenError(f"no layer there ({places}), and no digest to fetch it by")
     blob, stream = begun or (remote.open_layer(lower), None)

@@ -7,6 +7,7 @@ trailer; or, if the guess was too short for that, everything before it that may 
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from obdlab.blob import range_in
@@ -17,7 +18,7 @@ from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile_reader import open_zfile, read_description
 
 if TYPE_CHECKING:
-    from concurrent.futures import Executor, Future
+    from concurrent.futures import Executor
 
     from obdlab.blob import Blob
     from obdlab.formats.zfile.layout import ZFileHeader
@@ -39,16 +40,25 @@ def guessed_end(size: int) -> int:
     return min(size, size // _END_SHARE + _END_LEAST)
 
 
-def fetch_ends(blob: Blob, unit: int, threads: Executor) -> tuple[int, Future[None] | None]:
+def places(blob: Blob, unit: int) -> tuple[int, int]:
+    """Return where the beginning that :func:`fetch_ends` reads stops, and where the end begins."""
+    beginning = min(blob.size, -(-BEGINNING // unit) * unit)
+    return beginning, max(blob.size - guessed_end(blob.size), beginning)
+
+
+def fetch_ends(blob: Blob, unit: int, threads: Executor | None) -> tuple[int, Future[None] | None]:
     """Read a blob's beginning, and its end in one of the ``threads``, into the cache below, of that ``unit``.
 
-    Returns the length of the beginning and the future of the end, None if there is no more. Raises as reading does.
+    Without threads the end is there already, and not read. Returns the length of the beginning and the future of the
+    end, None if there is no more. Raises as reading does.
     """
-    beginning = min(blob.size, -(-BEGINNING // unit) * unit)
-    start = max(blob.size - guessed_end(blob.size), beginning)
-    end = None
-    if start < blob.size:
+    beginning, start = places(blob, unit)
+    end: Future[None] | None = None
+    if start < blob.size and threads is not None:
         end = threads.submit(_read, blob, start, blob.size - start)
+    elif start < blob.size:
+        end = Future()
+        end.set_result(None)
     blob.read_at(0, beginning)
     return beginning, end
 

@@ -87,8 +87,8 @@ class Devices(Protocol):
     def start_host(self) -> None:
         """Start all processes that the first attach needs."""
 
-    def prime(self, image: ImageConfig) -> None:
-        """Cache the parts of an image that opening it reads from its registry; an image opens without, too."""
+    def prime(self, image: ImageConfig, *, start: bool = False) -> None:
+        """Cache the parts of an image that opening it, or its ``start``, reads; an image opens without, too."""
 
     def attach(self, config_path: Path, device_id: str | None = None) -> AttachedDevice:
         """Make an image a block device, or find its present one."""
@@ -157,10 +157,13 @@ class DeviceService:
         """Return True if the image is unpacked on this host: an attach needs neither device host nor registry."""
         return unpacked_disk(config_path, self._settings) is not None
 
-    def prime(self, image: ImageConfig) -> None:
-        """Cache the parts of an image that opening it reads from its registry. Raises ObdlabError with the cause."""
+    def prime(self, image: ImageConfig, *, start: bool = False) -> None:
+        """Cache the parts of an image that opening it reads from its registry, or those that its ``start`` reads.
+
+        Raises ObdlabError with the cause.
+        """
         self._run.create()
-        request = Prime(image=image.to_json(), settings=self._settings.to_json())
+        request = Prime(image=image.to_json(), settings=self._settings.to_json(), start=start)
         answer = self._host.ask(request, time.monotonic() + self._settings.open_deadline_s)
         expected(Primed, answer, "cannot prime the cache: ")
 

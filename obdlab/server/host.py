@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.devices import kinds
 from obdlab.errors import DeviceError
+from obdlab.layers import native
 from obdlab.observe import audit, logs
 from obdlab.server import wire
 from obdlab.server.forking import Signals, fork_to
@@ -118,6 +119,8 @@ class Host:
         self._signals = _settle_in()
         if self._opener is open_configured:
             _warm_up(_WARM, [kinds.best()])
+            Settings.from_json("{}")  # looks up the types of all settings
+            native.state()  # imports the compiled code, if there is any
             self._to_warm = _WARM_LATER
         self._listener.setblocking(False)
         while True:

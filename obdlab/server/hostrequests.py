@@ -251,9 +251,10 @@ def is_revivable(directory: Path, record: DeviceRecord) -> bool:
 
 def _prime(request: Prime) -> Primed:
     from obdlab.image.config import ImageConfig
-    from obdlab.image.priming import prime
+    from obdlab.image.priming import prime, prime_start
 
-    prime(ImageConfig.from_json(request.image), Settings.from_json(request.settings))
+    run = prime_start if request.start else prime
+    run(ImageConfig.from_json(request.image), Settings.from_json(request.settings))
     return Primed()
 
 

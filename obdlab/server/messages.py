@@ -129,10 +129,14 @@ class Attach(HostRequest, frozen=True, kw_only=True, tag="attach"):
 
 
 class Prime(HostRequest, frozen=True, kw_only=True, tag="prime"):
-    """Cache the parts of an image that opening it reads; ``image`` is an ``ImageConfig`` as JSON."""
+    """Cache the parts of an image that opening it reads, or those that its ``start`` reads in any case.
+
+    ``image`` is an ``ImageConfig`` as JSON.
+    """
 
     image: dict[str, Any]
     settings: str
+    start: bool = False
 
 
 class Upgrade(HostRequest, frozen=True, kw_only=True, tag="upgrade"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, get_type_hints
 from urllib.parse import urlsplit
@@ -233,7 +234,7 @@ class Settings:
 
     def with_values(self, values: Mapping[str, object], *, name: str) -> Self:
         """Return a copy changed by parsed JSON. Raises SettingsError naming ``name`` and the wrong key."""
-        hints = get_type_hints(type(self))
+        hints = _hints()
         changes = {}
         for key, value in values.items():
             if key not in hints:
@@ -246,6 +247,12 @@ class Settings:
             return replace(self, **changes)
         except SettingsError as error:
             raise SettingsError(f"{name}: {error}") from error
+
+
+# Asking for them takes most of the time of reading settings, which each process of a device does.
+@cache
+def _hints() -> dict[str, object]:
+    return get_type_hints(Settings)
 
 
 def _is_url(text: str, scheme: str) -> bool:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from obdlab.errors import ObdlabError
 from obdlab.formats.oci import BLOB_DIGEST
-from obdlab.image.config import LowerConfig
 from obdlab.observe.counters import Counter
 from obdlab.snapshotter import fallback, overlaybd, turbo, writable
 from obdlab.snapshotter.errors import (
@@ -38,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from obdlab.image.config import ImageConfig
     from obdlab.snapshotter.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -316,6 +316,7 @@ class Snapshotter:
     # Returns False, having changed nothing, if the layer's digest does not prove its target name.
     def _commit_remote(self, key: str, parent: str, labels: Mapping[str, str], layer: overlaybd.RemoteLayer) -> bool:
         target = overlaybd.pull_target(labels)
+        made: list[ImageConfig] = []
 
         def fill(directory: Path, own_id: int, lower_ids: Sequence[int]) -> None:
             below = self._snapshots.config_below(lower_ids, f"layer {layer.digest}")
@@ -323,6 +324,7 @@ class Snapshotter:
                 raise FailedPreconditionError(f"acceleration layer {layer.digest} has no image below it")
             config = overlaybd.remote_config(below, layer, self._layout.directory(own_id), self._options)
             config.save(self._layout.add_block(directory) / CONFIG_NAME)
+            made.append(config)
 
         if key == target:  # AlreadyExistsError would make the client believe that the layer is there
             raise InvalidArgumentError(f"snapshot {key!r}: a pull wants another name for its target")
@@ -335,10 +337,7 @@ class Snapshotter:
             committed_labels = {**labels, overlaybd.LABEL_REMOTE: overlaybd.REMOTE_SNAPSHOT}
             self._snapshots.add(writer, Kind.ACTIVE, key, parent, labels, fill)
             writer.commit(key, target, committed_labels, Usage())
-        if not layer.acceleration:
-            url = overlaybd.blobs_url(layer.reference, self._options)
-            # With its tree: units that were not checked are of no use to the image's server.
-            self._images.prime(url, LowerConfig(digest=layer.digest, size=layer.size, hash_tree=layer.hash_tree))
+        self._images.prime(made[-1])
         return True
 
     # Releases an image without containers.

@@ -23,7 +23,7 @@ from obdlab.system import abi, mount, programs
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from obdlab.image.config import LowerConfig
+    from obdlab.image.config import ImageConfig
     from obdlab.server.client import AttachedDevice, Devices
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.writable import FsSpec
@@ -75,10 +75,13 @@ class ImageDevices:
         """Raise DeviceError if the run directory or the cache directory is refused."""
         self._devices.check_place()
 
-    def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
-        """Fetch a pulled layer's index in the background, unless the settings forbid it. Returns at once."""
+    def prime(self, image: ImageConfig) -> None:
+        """Fetch the first reads of an image whose top layer was pulled, in the background, if the settings allow it.
+
+        Returns at once.
+        """
         if self._devices.settings.index_at_pull:
-            self._priming.add(repo_blob_url, layer)
+            self._priming.add(image)
 
     @contextmanager
     def admitted(self, snapshot_id: int) -> Iterator[None]:

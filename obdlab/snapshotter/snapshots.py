@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from obdlab.image.config import LowerConfig
+    from obdlab.image.config import ImageConfig
     from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.store import Kind, Reader, Snapshot, Writer
     from obdlab.snapshotter.writable import FsSpec
@@ -47,8 +47,8 @@ class ImageMounts(Protocol):
     def check_place(self) -> None:
         """Raise ObdlabError if the devices' directories are refused, so that no image can be mounted."""
 
-    def prime(self, repo_blob_url: str, layer: LowerConfig) -> None:
-        """Fetch a pulled layer's index in the background, so that its image opens sooner."""
+    def prime(self, image: ImageConfig) -> None:
+        """Fetch the first reads of an image whose top layer was pulled, in the background: it starts sooner."""
 
     def release(self, snapshot_id: int) -> bool:
         """Unmount and detach. Return True if the device is gone. Raises FailedPreconditionError if it is in use."""

@@ -18,6 +18,7 @@ from obdlab.convert.publish.ordered import order_layers
 from obdlab.image import metadata
 from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import Image, open_image
+from obdlab.image.priming import prime, prime_start
 from obdlab.lab.images.ocilayout import OciLayout
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.registry import RegistryHost
@@ -103,6 +104,23 @@ def test_a_walk_asks_for_nothing_once_an_image_is_open(converted: Path, tmp_path
             seen = walked(image)
             half = DIRECTORIES // 2
             assert len(seen) == 2 + 3 * (2 + half * (FILES + 2)) + half * (1 + 3 * (FILES + 1))
+            assert len(registry.requests) == asked
+
+
+def test_after_a_pull_neither_opening_nor_a_walk_asks_for_anything(converted: Path, tmp_path: Path) -> None:
+    files = blobs_of(converted)
+    own = Settings(cache_dir=tmp_path / "cache")
+    with faulty_registry() as registry:
+        lowers = tuple(LowerConfig(digest=registry.add_blob(file), size=len(file)) for file in files)
+        config = ImageConfig(repo_blob_url=registry.repository().blobs_url, lowers=lowers)
+        prime(config, own)
+        prime_start(config, own)
+        asked = len(registry.requests)
+        assert asked <= 4 * len(files)
+        registry.always(status(503))
+        with open_image(config, own) as image:
+            assert isinstance(image, Image)
+            assert walked(image)
             assert len(registry.requests) == asked
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from obdlab.errors import DeviceError
 from obdlab.formats import oci
-from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.config import ImageConfig
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter.core import Snapshotter
@@ -137,11 +137,12 @@ def test_a_hash_tree_is_in_the_configuration(snapshotter: Snapshotter, tmp_path:
 def test_a_pulled_layer_is_primed_with_its_hash_tree(
     snapshotter: Snapshotter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    primed: list[LowerConfig] = []
-    monkeypatch.setattr(ImageDevices, "prime", lambda _self, _url, layer: primed.append(layer))
+    primed: list[ImageConfig] = []
+    monkeypatch.setattr(ImageDevices, "prime", lambda _self, image: primed.append(image))
     tree = f"{DIGESTS[2]},{DIGESTS[1]}"
     pull(snapshotter, **{oci.HASH_TREE: tree})
-    assert primed == [LowerConfig(digest=DIGESTS[0], size=1000, hash_tree=tree)]
+    assert [(lower.digest, lower.size, lower.hash_tree) for lower in primed[0].lowers] == [(DIGESTS[0], 1000, tree)]
+    assert len(primed) == 1
 
 
 @pytest.mark.parametrize("text", ["x", "sha256:12,sha256:34", f"{DIGESTS[0]},{DIGESTS[0]},x"])
@@ -323,7 +324,7 @@ class StuckImages:
     ) -> Path:
         pass
 
-    def prime(self, repo_blob_url: str, layer: object) -> None:
+    def prime(self, image: object) -> None:
         pass
 
     def release(self, snapshot_id: int) -> None:

@@ -13,6 +13,7 @@ from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.snapshotter.indexfetch import Priming
 from tests.containerd_host import containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server
+from tests.server.killing import until
 from tests.snapshotter.test_lazy_images import push_golden
 
 __all__ = ["registry_server"]
@@ -25,36 +26,75 @@ class Devices:
 
     def __init__(self) -> None:
         self.images: list[ImageConfig] = []
-        self.begun, self.go_on = threading.Event(), threading.Event()
+        self.starts: list[ImageConfig] = []
+        self.begun, self.go_on, self.start_on = threading.Event(), threading.Event(), threading.Event()
+        self.start_on.set()
         self.refuse = False
 
-    def prime(self, image: ImageConfig) -> None:
-        self.begun.set()
-        assert self.go_on.wait(WAIT_S)
-        self.images.append(image)
+    def prime(self, image: ImageConfig, *, start: bool = False) -> None:
+        if start:
+            self.starts.append(image)
+            assert self.start_on.wait(WAIT_S)
+        else:
+            self.begun.set()
+            assert self.go_on.wait(WAIT_S)
+            self.images.append(image)
         if self.refuse:
             raise DeviceError("no host")
 
 
-def layer(number: int) -> LowerConfig:
-    return LowerConfig(digest=f"sha256:{number:064}", size=4096)
+def image(repository: str, *numbers: int, acceleration: bool = False) -> ImageConfig:
+    lowers = tuple(
+        LowerConfig(digest=f"sha256:{number:064}", size=4096, dir=f"/{repository}/{number}") for number in numbers
+    )
+    url = f"http://a/v2/{repository}/blobs"
+    return ImageConfig(repo_blob_url=url, lowers=lowers, acceleration_layer=acceleration)
 
 
-def test_what_comes_meanwhile_goes_together() -> None:
+def asked(devices: Devices) -> list[tuple[str, tuple[str, ...]]]:
+    return [(each.repo_blob_url[-7:-6], tuple(lower.digest[-2:] for lower in each.lowers)) for each in devices.images]
+
+
+def test_layers_that_come_meanwhile_go_together() -> None:
     devices = Devices()
     priming = Priming(devices)  # type: ignore[arg-type]
-    priming.add("http://a/v2/x/blobs", layer(0))
+    priming.add(image("x", 0))
     assert devices.begun.wait(WAIT_S)
-    for number in (1, 2):
-        priming.add("http://a/v2/x/blobs", layer(number))
-    priming.add("http://a/v2/y/blobs", layer(3))
+    for made in (image("x", 0, 1), image("x", 0, 1, 2), image("x", 0, 1, 2, 3, acceleration=True), image("y", 3)):
+        priming.add(made)
     devices.go_on.set()
     assert priming.wait(WAIT_S)
-    assert [(image.repo_blob_url[-7:-6], image.lowers) for image in devices.images] == [
-        ("x", (layer(0),)),
-        ("x", (layer(1), layer(2))),
-        ("y", (layer(3),)),
-    ]
+    assert asked(devices) == [("x", ("00",)), ("x", ("01", "02")), ("y", ("03",))]
+
+
+def test_the_start_of_a_whole_image_is_fetched_once_its_layers_are_there() -> None:
+    devices = Devices()
+    priming = Priming(devices)  # type: ignore[arg-type]
+    priming.add(image("x", 0))
+    assert devices.begun.wait(WAIT_S)
+    whole = (image("x", 0, 1, 2, acceleration=True), image("x", 0, 1, 5), image("y", 3))
+    for made in (image("x", 0, 1), *whole):
+        priming.add(made)
+    assert devices.starts == []
+    devices.go_on.set()
+    assert priming.wait(WAIT_S)
+    assert sorted(devices.starts, key=str) == sorted(whole, key=str)
+
+
+def test_a_slow_start_delays_no_other_image() -> None:
+    devices = Devices()
+    devices.go_on.set()
+    devices.start_on.clear()
+    priming = Priming(devices)  # type: ignore[arg-type]
+    for number in range(9):
+        before = len(devices.images)
+        priming.add(image("x", number))
+        until(lambda before=before: len(devices.images) > before, timeout_s=WAIT_S)
+        until(lambda number=number: len(devices.starts) >= min(4, number + 1), timeout_s=WAIT_S)
+    assert len(devices.starts) == 4
+    assert not priming.wait(0.05)
+    devices.start_on.set()
+    assert priming.wait(WAIT_S)
 
 
 def test_failures_are_nobodys() -> None:
@@ -62,22 +102,22 @@ def test_failures_are_nobodys() -> None:
     devices.refuse = True
     devices.go_on.set()
     priming = Priming(devices)  # type: ignore[arg-type]
-    for number in range(3):
-        priming.add("http://a/v2/x/blobs", layer(number))
+    for number in range(6):
+        priming.add(image("x", number))
         assert priming.wait(WAIT_S)
-    assert len(devices.images) == 3
+    assert len(devices.images) == len(devices.starts) == 6
 
 
 def test_no_more_than_can_wait() -> None:
     devices = Devices()
     priming = Priming(devices)  # type: ignore[arg-type]
-    priming.add("http://a/v2/x/blobs", layer(0))
+    priming.add(image("x", 0))
     assert devices.begun.wait(WAIT_S)
     for number in range(5000):
-        priming.add("http://a/v2/x/blobs", layer(number))
+        priming.add(image("x", number))
     devices.go_on.set()
     assert priming.wait(WAIT_S)
-    assert sum(len(image.lowers) for image in devices.images) == 1025
+    assert sum(len(each.lowers) for each in devices.images) == 1025
 
 
 @pytest.mark.containerd

@@ -48,6 +48,9 @@ class PiecesAhead:
         self._claim()
         if not self._claimed:
             return False
+        # With the next one: another process that follows this one must not come between two pieces.
+        for flight in list(self._claimed)[:2]:
+            self._fetches.hold_claimed(flight)
         self._fetches.fetch_claimed(self._claimed.popleft(), self._read)
         return True
 

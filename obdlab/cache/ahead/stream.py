@@ -52,7 +52,9 @@ class StreamAhead:
         self._running = 0
 
     def start(self) -> None:
-        """Begin; returns at once."""
+        """Begin, unless all is cached; returns at once."""
+        if self._blob.has(0, min(self._units * self._blob.unit, self._blob.size)):
+            self._threads = []
         for thread in self._threads:
             thread.start()
 

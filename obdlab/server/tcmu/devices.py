@@ -69,7 +69,7 @@ class TcmuDevices:
     def start_host(self) -> None:
         """Do nothing: the daemon is started by other means."""
 
-    def prime(self, image: ImageConfig) -> None:
+    def prime(self, image: ImageConfig, *, start: bool = False) -> None:
         """Do nothing: the daemon has a cache of its own."""
 
     def attach(self, config_path: Path, device_id: str | None = None, *, timeout_s: float = 150.0) -> AttachedDevice:

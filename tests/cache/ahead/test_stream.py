@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,43 @@ def test_one_request_goes_on_over_what_is_cached(tmp_path: Path) -> None:
         assert origin.opened == [(0, len(DATA))]
         assert blob.statistics()["prefetch_bytes"] == len(DATA) - 9 * UNIT
         assert blob.read_at(0, len(DATA)) == DATA
+
+
+def test_two_that_stream_the_same_blob_take_turns(tmp_path: Path) -> None:
+    # Each has the files open for itself, as two processes have.
+    class Slow(Streamed):
+        def stream(self, offset: int, length: int, call: Call | None = None) -> Comes:
+            time.sleep(0.01)
+            return super().stream(offset, length, call)
+
+    origins = [Slow(data=DATA * 5), Slow(data=DATA * 5)]
+    with open_cached(tmp_path, origins[0]) as first, open_cached(tmp_path, origins[1]) as second:
+        origins[0].go_on.clear()
+        leader = stream(first)
+        wait_until(lambda: len(origins[0].opened) == 1)
+        follower = stream(second)
+        assert not follower.wait(0.1)
+        origins[0].go_on.set()
+        assert leader.wait(60)
+        assert follower.wait(60)
+        assert origins[1].opened == []
+        assert origins[1].reads == []
+        assert sum(origins[0].lengths) == len(DATA * 5)
+        assert second.read_at(0, len(DATA)) == DATA
+
+
+def test_what_follows_goes_on_when_the_other_ends(tmp_path: Path) -> None:
+    origins = [Streamed(data=DATA * 5), Streamed(data=DATA * 5)]
+    with open_cached(tmp_path, origins[0]) as first, open_cached(tmp_path, origins[1]) as second:
+        origins[0].go_on.clear()
+        leader = stream(first)
+        wait_until(lambda: len(origins[0].opened) == 1)
+        follower = stream(second)
+        leader.stop()
+        origins[0].go_on.set()
+        assert follower.wait(60)
+        assert sum(origins[0].lengths) + sum(origins[1].lengths) == len(DATA * 5)
+        assert second.read_at(0, len(DATA)) == DATA
 
 
 def test_after_a_break_the_rest_is_asked_for(tmp_path: Path) -> None:
