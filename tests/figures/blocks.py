@@ -10,8 +10,21 @@ from typing import Any
 
 from obdlab.lab.paper import ledger
 from obdlab.lab.paper.published import published
-from obdlab.lab.paper.questions import CODEC, CONVERSION, FAASNET, HYPER, MEMORY, MISSES, SCALE, Run
+from obdlab.lab.paper.questions import (
+    CHURN,
+    CODEC,
+    CONVERSION,
+    FAASNET,
+    FROM_PEERS,
+    HYPER,
+    MEMORY,
+    MISSES,
+    SCALE,
+    SWARM,
+    Run,
+)
 from obdlab.lab.paper.results import Results
+from obdlab.lab.paper.simulated import fit_of
 from obdlab.lab.run.declaration import last_spec, open_experiment
 from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attempt, with_quiet
 from obdlab.lab.run.starts import summaries_of
@@ -28,6 +41,7 @@ ARMS = ("overlayfs", "obdlab", "obdlab-prefetch", "obdlab-hot", "stargz", "soci"
 #: Arms whose image holds what a recorded start read.
 RECORDED = ("obdlab-prefetch", "obdlab-hot")
 _USUAL_COUNT = 3
+_NOT_YET = "Not measured yet."
 
 
 def figures() -> dict[str, str]:
@@ -48,7 +62,7 @@ def files() -> dict[Path, str]:
 def first_set(directory: Path) -> str:
     """Return the table of cold starts of a set that could stop early, or a sentence if it is not measured."""
     if not (directory / "rows.jsonl").is_file():
-        return "Not measured yet."
+        return _NOT_YET
     spec = last_spec(directory)
     experiment = open_experiment(spec, directory)
     summaries = summaries_of(spec, experiment.rows())
@@ -380,6 +394,84 @@ def _simulated_trees() -> str:
     return _table(("topology", *head, f"first to last of {hosts[-1]}, s", "MB from the registry"), lines)
 
 
+# Of emulated hosts, by topology and number of hosts: a number of the rows; "busy" marks rows that say more of the
+# processors than of the links.
+def _swarm(key: str, form: str) -> Callable[[], str]:
+    def made() -> str:
+        rows = Results(MEASURED / "evaluation").rows(SWARM)
+        if not rows:
+            return _NOT_YET
+        hosts = sorted({row["hosts"] for row in rows})
+        lines = []
+        for topology in dict.fromkeys(sorted(row["topology"] for row in rows)):
+            cells = [topology]
+            for count in hosts:
+                found = [row for row in rows if (row["topology"], row["hosts"]) == (topology, count)]
+                busy = "" if all(row["links_decide"] for row in found) else " busy"
+                cells.append(f"{median_interval([row[key] for row in found]).text(form)}{busy}" if found else "-")
+            lines.append(cells)
+        return _table(("topology", *(f"{count} host{'s' * (count > 1)}" for count in hosts)), lines)
+
+    return made
+
+
+def _swarm_conditions() -> str:
+    rows = Results(MEASURED / "evaluation").rows(SWARM)
+    if not rows:
+        return _NOT_YET
+    decided = sum(row["links_decide"] for row in rows)
+    quiet = sum(row["quiet"] for row in rows)
+    busiest = max(row["cpu_share"] for row in rows)
+    return (
+        f"{len(rows)} rows; in {decided} of them the processors were busy for less than 70 % of the time (at most "
+        f"{busiest:.0%}), and {quiet} began on a quiet host"
+    )
+
+
+def _swarm_fit() -> str:
+    fit = fit_of(Results(MEASURED / "evaluation"))
+    if fit is None:
+        return _NOT_YET
+    lines = [
+        [
+            each.topology,
+            f"{each.hosts}",
+            "fitted" if each in fit.fitted else "asked",
+            f"{each.measured_s:.2f}",
+            f"{each.predicted_s:.2f}",
+            f"{each.predicted_s / each.measured_s - 1:+.1%}",
+        ]
+        for each in sorted((*fit.fitted, *fit.asked), key=lambda each: (each.topology, each.hosts))
+    ]
+    return _table(("topology", "hosts", "", "emulated, s", "simulated, s", "error"), lines)
+
+
+def _from_peers() -> str:
+    results = Results(MEASURED / "evaluation")
+    direct, peers = (results.rows(FROM_PEERS, topology=name) for name in ("direct", "rooted"))
+    if not direct or not peers:
+        return _NOT_YET
+    times = [median_interval([row["median_s"] for row in rows]).text(".2f") for rows in (direct, peers)]
+    ratio = ratio_interval([row["median_s"] for row in peers], [row["median_s"] for row in direct]).text(".2f")
+    return f"{times[0]} s from the registry, {times[1]} s from the root ({ratio} of it; {len(peers)} starts each)"
+
+
+def _churn() -> str:
+    lines = []
+    rows, without = Results(MEASURED / "evaluation").rows(CHURN), Results(MEASURED / "evaluation").rows(FAASNET)
+    for topology in dict.fromkeys(sorted(row["topology"] for row in rows)):
+        found = [row for row in rows if row["topology"] == topology]
+        usual = [row["slowest_s"] for row in without if (row["topology"], row["hosts"]) == (topology, 128)]
+        keys = {"median_s": ".2f", "slowest_s": ".2f", "moved_per_leave": ".1f", "peak_received_mb_s": ".0f"}
+        keys |= {"peak_sent_mb_s": ".0f", "origin_mb": ",.0f"}
+        numbers = {key: median_interval([row[key] for row in found]).text(form) for key, form in keys.items()}
+        cells = [*numbers.values()]
+        cells.insert(1, median_interval(usual).text(".2f"))
+        lines.append([topology, *cells])
+    head = ("topology", "half, s", "slowest if none leaves, s", "slowest, s", "moved by a leave", "most in, MB/s")
+    return _table((*head, "most out, MB/s", "MB from the registry"), lines)
+
+
 def _versions() -> str:
     environments = RowStore(MEASURED / "peers").environments()
     used = {row["environment"] for row in _rows("peers")}
@@ -486,6 +578,14 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "simulated-flat": _simulated_flat,
     "simulated-scale": _simulated_scale,
     "simulated-trees": _simulated_trees,
+    "simulated-churn": _churn,
+    "swarm-median": _swarm("median_s", ".2f"),
+    "swarm-slowest": _swarm("slowest_s", ".2f"),
+    "swarm-origin": _swarm("origin_sets", ".2f"),
+    "swarm-busy": _swarm("cpu_share", ".2f"),
+    "swarm-conditions": _swarm_conditions,
+    "swarm-fit": _swarm_fit,
+    "swarm-from-peers": _from_peers,
     "first-set": lambda: first_set(MEASURED / "first_set"),
     "verified": _verified,
     "verified-rows": _row_count("verified"),

@@ -27,7 +27,7 @@ def rows(noise: float, **true: float) -> list[dict[str, Any]]:
             ready_s = simulate(site, workload, topology, hosts, [0.0] * hosts, seed=0).ready_s
             median_s = sorted(ready_s)[hosts // 2]
             about = {"topology": topology, "hosts": hosts}
-            found += [{**about, "total_s": median_s * random.lognormvariate(0, noise)} for _ in range(5)]
+            found += [{**about, "median_s": median_s * random.lognormvariate(0, noise)} for _ in range(5)]
     return found
 
 

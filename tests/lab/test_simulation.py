@@ -65,6 +65,17 @@ def test_shapes_and_caches(tmp_path: Path) -> None:
     assert row["origin_mb"] == row["peer_mb"] == 0
 
 
+def test_hosts_leave_and_older_rows_keep_their_cells(tmp_path: Path) -> None:
+    given = spec(axes={"topology": ["balanced"], "hosts": [40]}, repeats=1, options={"leave_share": 0.3})
+    (row,) = numbers(tmp_path, given).values()
+    assert (row["left"], row["moved_per_leave"] > 0) == (12, True)
+    assert 28 <= row["containers_started"] <= 40
+    assert row["peak_sent_mb_s"] > row["peak_received_mb_s"] > 0
+    identity = KINDS["simulation"].identity(spec().options, {})
+    assert not {"leave_share", "patience_s"} & set(identity["options"])
+    assert KINDS["simulation"].identity(given.options, {})["options"]["leave_share"] == 0.3
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [
@@ -73,6 +84,8 @@ def test_shapes_and_caches(tmp_path: Path) -> None:
         ({"axes": {"hosts": [0]}}, "axes.hosts: wanted positive"),
         ({"options": {"up_mbit": -1.0}}, "up_mbit"),
         ({"options": {"rtt_ms": -1.0}}, "no negative value"),
+        ({"options": {"leave_share": 1.0}}, "leave_share: wanted a share below 1"),
+        ({"axes": {"shape": ["iot"]}, "options": {"leave_share": 0.1}}, "leave_share: hosts leave only"),
     ],
 )
 def test_a_declaration_is_checked(values: dict[str, Any], words: str) -> None:

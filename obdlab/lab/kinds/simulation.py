@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from statistics import median
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from obdlab.lab.kinds.kind import Bench, Job, Kind, Metric, SpecError
 from obdlab.lab.testbed.process import LabError
@@ -30,6 +30,8 @@ LABEL = "simulated"
 _MBIT = 1e6 / 8
 _ONCE = "once"
 _COLD, _WARM, _WARM_ROOT = "cold", "warm", "warm root"
+#: Options that older rows lack: with these values the model is as it was before them.
+_ADDED: dict[str, Value] = {"leave_share": 0.0, "patience_s": 1.2}
 # Seconds for a host, of starts at once and of a burst; every host that reads from the registry delays all others.
 _HOST_S, _DIRECT_S = 0.003, 1.5e-5
 
@@ -66,6 +68,8 @@ class Simulation(Kind):
         "within_s": 0.5,
         "noise": 0.1,
         "run_s": 2.0,
+        "leave_share": 0.0,
+        "patience_s": 1.2,
     }
     metrics: ClassVar[tuple[Metric, ...]] = (
         Metric("all_ready_s", "s"),
@@ -96,11 +100,20 @@ class Simulation(Kind):
         for axis in ("hosts", "containers", "arity"):
             if min(float(value) for value in axes[axis]) <= 0:
                 raise SpecError(f"axes.{axis}: wanted positive numbers (got {list(axes[axis])})")
+        if not 0 <= float(options["leave_share"]) < 1:
+            raise SpecError(f"options.leave_share: wanted a share below 1 (got {options['leave_share']})")
+        if options["leave_share"] and set(axes["shape"]) != {_ONCE}:
+            raise SpecError(f"options.leave_share: hosts leave only in starts of the shape {_ONCE!r}")
         try:
             site_of(options, _COLD)
         except SimulationError as error:
             raise SpecError(f"options: {error}") from error
         return axes, options
+
+    def identity(self, options: Mapping[str, Option], point: Point) -> dict[str, Any]:
+        """Return what identifies a cell; options that were added later count only with other values."""
+        before = {key: value for key, value in options.items() if _ADDED.get(key) != value}
+        return super().identity(before, point)
 
     def columns(self, options: Mapping[str, Option], point: Point) -> Row:
         """Return the point, and the label that no measured row has."""
@@ -146,9 +159,11 @@ def _numbers(point: Point, options: Mapping[str, Option], workload: Workload) ->
         random = Random(f"starts {seed}")
         count = round(hosts * float(point["containers"]))
         starts_s = sorted(random.uniform(0, float(options["within_s"])) for _ in range(count))
-        outcome = simulate(site, workload, topology, hosts, starts_s, seed=seed, arity=arity, noise=noise)
-        times, ends = outcome.ready_s, [at + took for at, took in zip(starts_s, outcome.ready_s, strict=True)]
-        recovered_s, all_ready_s = 0.0, max(ends)
+        leaves = _leaves(hosts, float(options["leave_share"]), site, workload, seed)
+        outcome = simulate(
+            site, workload, topology, hosts, starts_s, seed=seed, arity=arity, noise=noise, leaves=leaves
+        )
+        times, recovered_s, all_ready_s = outcome.ready_s, 0.0, outcome.last_ready_s
     else:
         shape, run_s = SHAPES[str(point["shape"])], float(options["run_s"])
         requests_s = shape.times(seed)
@@ -166,6 +181,12 @@ def _numbers(point: Point, options: Mapping[str, Option], workload: Workload) ->
     }
 
 
+# Hosts that leave, at random times in which a start without peers' help would take place.
+def _leaves(hosts: int, share: float, site: Site, workload: Workload, seed: int) -> list[tuple[float, int]]:
+    random, alone_s = Random(f"leaves {seed}"), site.local_s + workload.think_s + workload.size / site.down
+    return [(random.uniform(0, alone_s), number) for number in random.sample(range(hosts), round(share * hosts))]
+
+
 def _traffic(outcome: Outcome) -> dict[str, float]:
     return {
         "origin_mb": outcome.origin_bytes / 1e6,
@@ -175,6 +196,10 @@ def _traffic(outcome: Outcome) -> dict[str, float]:
         "flows": outcome.most_flows,
         "events": outcome.events,
         "containers_started": len(outcome.ready_s),
+        "left": outcome.left,
+        "moved_per_leave": outcome.moved / outcome.left if outcome.left else 0.0,
+        "peak_sent_mb_s": outcome.peak_sent / 1e6,
+        "peak_received_mb_s": outcome.peak_received / 1e6,
     }
 
 
@@ -211,6 +236,7 @@ def site_of(options: Mapping[str, Option], caches: str = _COLD) -> Site:
         cache_bytes=round(float(options["cache_mb"]) * 1e6),
         local_s=float(options["local_ms"]) / 1e3,
         cores=int(options["cores"]),
+        patience_s=float(options["patience_s"]),
         warm_root=caches == _WARM_ROOT,
         warm=caches == _WARM,
     )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from obdlab.lab.paper import emulated, simulated
 from obdlab.lab.paper import questions as q
-from obdlab.lab.paper import simulated
 from obdlab.lab.paper.claim import Check, Claim
 from obdlab.lab.paper.results import Results, estimate, floor, launch_s, ratio, samples
 from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, of_number, of_ratio
@@ -22,11 +22,6 @@ _BASELINE, _COLD, _TRACE, _HOT = "overlayfs", "obdlab", "obdlab-prefetch", "obdl
 _AHEAD = "ahead of overlay2 and thin LVM, most on the slow disk; the bars' numbers are not recoverable"
 #: Layers that a stack must have to try the claim on the index: as many as the paper has applications.
 _DEEP = 205
-_P2P = "needs a peer-to-peer network of hosts, which is not built yet"
-
-
-def _not_yet(_: Results) -> Outcome:
-    return Outcome(Verdict.NOT_YET, because=_P2P)
 
 
 def _not_here(because: str) -> Check:
@@ -245,7 +240,7 @@ CLAIMS: tuple[Claim, ...] = (
         "2.15 s against 11.06 s (0.19)",
         _start_ratio(_COLD, "cold", "native", "0.19", 0.39),
     ),
-    Claim("cold-start-p2p", "Fig 14", "cold_start", "From peers faster still.", "0.62 s", _not_yet),
+    emulated.FROM_PEERS,
     Claim(
         "cold-start-crfs",
         "Fig 14",
@@ -302,7 +297,7 @@ CLAIMS: tuple[Claim, ...] = (
         "not in the paper",
         _gap_removed(_HOT, ""),
     ),
-    Claim("batch-start", "Fig 17", "", "Starts stay flat from 1 to 32 hosts.", "0.7 s on 3 to 39 hosts", _not_yet),
+    *emulated.BATCH,
     Claim(
         "pull",
         "Fig 18",

@@ -42,6 +42,16 @@ class Results:
         directory = self.directory(run)
         return RowStore(directory).rows() if (directory / "rows.jsonl").is_file() else []
 
+    def options(self, run: Run) -> dict[str, Any]:
+        """Return the options of an experiment's last run; {} if it was not run."""
+        directory = self.directory(run)
+        if not (directory / "rows.jsonl").is_file():
+            return {}
+        try:
+            return dict(last_spec(directory).options)
+        except SpecError:
+            return {}
+
     def why_not(self, run: Run) -> str:
         """Return why an experiment could not be run here; "" if it was run or not tried."""
         try:

@@ -6,9 +6,13 @@ claims have verdicts of their own, and their confidence says whether the model w
 
 from __future__ import annotations
 
+import json
+from functools import lru_cache
 from statistics import median
 from typing import TYPE_CHECKING
 
+from obdlab.errors import ObdlabError
+from obdlab.lab.kinds.fitted import fit_swarm
 from obdlab.lab.paper import questions as q
 from obdlab.lab.paper.claim import Check, Claim
 from obdlab.lab.paper.results import LEAST, samples
@@ -25,23 +29,43 @@ if TYPE_CHECKING:
 ALL_READY_S, GAP_S, FLAT = 4.0, 2.0, 1.25
 HYPER_HOSTS, BURST_HOSTS, FUNCTIONS_S = 100_000, 128, 8.3
 ROOTED, ON_DEMAND, SPREAD_S, RECOVERY = (2.0, 4.0), (2.5, 10.0), 3.0, 2.0
+IN_OF_OUT = (0.4, 0.6)
 
 
 def basis(fit: Fit | None) -> str:
     """Return the words for the trust in simulated numbers: the model's error at hosts that it was not fitted to."""
     if fit is None or fit.error is None:
         return "simulated, not fitted to a swarm"
-    return f"simulated, fitted to {max(each.hosts for each in fit.fitted)} hosts, wrong by {fit.error:.0%} at " + (
-        " and ".join(str(hosts) for hosts in sorted({each.hosts for each in fit.asked}))
-    )
+    most = max(each.hosts for each in fit.fitted)
+    asked = " and ".join(str(hosts) for hosts in sorted({each.hosts for each in fit.asked}))
+    return f"simulated; the model, fitted to {most} emulated hosts, is wrong by at most {fit.error:.0%} at {asked}"
 
 
-def _outcome(run: q.Run, used: Sequence[Row], holds: bool | None, words: str) -> Outcome:
+def fit_of(results: Results) -> Fit | None:
+    """Return the model fitted to the swarm's rows, as far as the links decided their times; None without enough."""
+    rows = [row for row in results.rows(q.SWARM, caches="cold") if row["links_decide"]]
+    options = results.options(q.SWARM)
+    if not rows or not options:
+        return None
+    keys = ("topology", "hosts", "median_s")
+    return _fitted(json.dumps([{key: row[key] for key in keys} for row in rows]), json.dumps(options))
+
+
+# A ledger asks once for each claim, and a fit takes some seconds.
+@lru_cache(4)
+def _fitted(rows: str, options: str) -> Fit | None:
+    try:
+        return fit_swarm(json.loads(rows), json.loads(options))
+    except ObdlabError:
+        return None
+
+
+def _outcome(results: Results, run: q.Run, used: Sequence[Row], holds: bool | None, words: str) -> Outcome:
     seeds = len({row["repeat"] for row in used})
     verdict = Verdict.SIMULATED if holds else Verdict.SIMULATED_NOT
     if holds is None or seeds < LEAST:
         verdict = Verdict.UNCLEAR
-    return Outcome(verdict, words, "", f"{basis(None)}; {seeds} seeds", (run,), len(used))
+    return Outcome(verdict, words, "", f"{basis(fit_of(results))}; {seeds} seeds", (run,), len(used))
 
 
 def _middle(rows: Sequence[Row], key: str) -> float:
@@ -62,7 +86,7 @@ def _ready(results: Results) -> Outcome:
     words = f"all ready {slowest:.2f} s after the first start, in the worst case"
     words += f" (all local: {max(samples(warm, 'all_ready_s')):.2f} s)" if warm else ""
     words += f"; without peers {_middle(control, 'all_ready_s'):.1f} s" if control else ""
-    return _outcome(q.SCALE, cold, slowest < ALL_READY_S, words)
+    return _outcome(results, q.SCALE, cold, slowest < ALL_READY_S, words)
 
 
 def _gap(results: Results) -> Outcome:
@@ -74,7 +98,7 @@ def _gap(results: Results) -> Outcome:
         return Outcome(Verdict.NOT_MEASURED, runs=(q.SCALE,))
     gap = max(samples(cold, "median_s")) - min(samples(warm, "median_s"))
     words = f"a cold start takes at most {gap:.2f} s more (half of the starts)"
-    return _outcome(q.SCALE, [*cold, *warm], gap <= GAP_S, words)
+    return _outcome(results, q.SCALE, [*cold, *warm], gap <= GAP_S, words)
 
 
 def _flat(results: Results) -> Outcome:
@@ -97,7 +121,7 @@ def _flat(results: Results) -> Outcome:
     holds = max(growth.values()) <= FLAT
     # Fewer hosts can refute the claim, not prove it.
     most = [row for row in rows if row["hosts"] == hosts[-1]]
-    return _outcome(q.HYPER, most, None if holds and hosts[-1] < HYPER_HOSTS else holds, words)
+    return _outcome(results, q.HYPER, most, None if holds and hosts[-1] < HYPER_HOSTS else holds, words)
 
 
 def _faasnet(results: Results, topology: str) -> list[Row]:
@@ -111,7 +135,7 @@ def _against(topology: str, words: str, bounds: tuple[float, float]) -> Check:
             return Outcome(Verdict.NOT_MEASURED, runs=(q.FAASNET,))
         ratio = _middle(theirs, "median_s") / _middle(ours, "median_s")
         told = f"{words}: {_middle(theirs, 'median_s'):.2f} s against {_middle(ours, 'median_s'):.2f} s ({ratio:.2f})"
-        return _outcome(q.FAASNET, [*ours, *theirs], bounds[0] <= ratio <= bounds[1], told)
+        return _outcome(results, q.FAASNET, [*ours, *theirs], bounds[0] <= ratio <= bounds[1], told)
 
     return check
 
@@ -121,7 +145,17 @@ def _spread(results: Results) -> Outcome:
     if not rows:
         return Outcome(Verdict.NOT_MEASURED, runs=(q.FAASNET,))
     widest = max(samples(rows, "spread_s"))
-    return _outcome(q.FAASNET, rows, widest < SPREAD_S, f"first and last are at most {widest:.2f} s apart")
+    return _outcome(results, q.FAASNET, rows, widest < SPREAD_S, f"first and last are at most {widest:.2f} s apart")
+
+
+def _peak(results: Results) -> Outcome:
+    rows = [row for row in _faasnet(results, "balanced") if row.get("peak_sent_mb_s")]
+    if not rows:
+        return Outcome(Verdict.NOT_MEASURED, runs=(q.FAASNET,))
+    came, went = _middle(rows, "peak_received_mb_s"), _middle(rows, "peak_sent_mb_s")
+    words = f"in its busiest second a host gets at most {came:.0f} MB/s and sends at most {went:.0f} MB/s"
+    holds = IN_OF_OUT[0] <= came / went <= IN_OF_OUT[1]
+    return _outcome(results, q.FAASNET, rows, holds, f"{words} ({came / went:.2f})")
 
 
 def _functions(results: Results) -> Outcome:
@@ -129,7 +163,7 @@ def _functions(results: Results) -> Outcome:
     if not rows:
         return Outcome(Verdict.NOT_MEASURED, runs=(q.FUNCTIONS,))
     slowest = max(samples(rows, "all_ready_s"))
-    return _outcome(q.FUNCTIONS, rows, slowest <= FUNCTIONS_S, f"all ready after at most {slowest:.2f} s")
+    return _outcome(results, q.FUNCTIONS, rows, slowest <= FUNCTIONS_S, f"all ready after at most {slowest:.2f} s")
 
 
 def _bursts(results: Results) -> Outcome:
@@ -138,7 +172,7 @@ def _bursts(results: Results) -> Outcome:
         return Outcome(Verdict.NOT_MEASURED, runs=(q.BURSTS,))
     times = [_middle(rows, "recovered_s") for rows in (theirs, ours)]
     words = f"on demand recovers after {times[0]:.1f} s, the tree after {times[1]:.1f} s"
-    return _outcome(q.BURSTS, [*ours, *theirs], times[0] >= RECOVERY * times[1], words)
+    return _outcome(results, q.BURSTS, [*ours, *theirs], times[0] >= RECOVERY * times[1], words)
 
 
 DADI: tuple[Claim, ...] = (
@@ -197,6 +231,15 @@ FAASNET: tuple[Claim, ...] = (
         "1.5 s",
         _spread,
         "3 s or more in one seed",
+    ),
+    Claim(
+        "faasnet-peak",
+        "",
+        "many_functions",
+        "(FaaSNet, figure 16) A host gets half as much as it sends.",
+        "one half; at most 45 MB/s in",
+        _peak,
+        "a ratio below 0.4 or above 0.6",
     ),
     Claim(
         "faasnet-scale",

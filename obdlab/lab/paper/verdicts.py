@@ -26,7 +26,6 @@ class Verdict(Enum):
     NOT_REPRODUCED = "not reproduced"
     UNCLEAR = "unclear"
     NOT_RUNNABLE = "not runnable here"
-    NOT_YET = "not yet"
     NOT_MEASURED = "not measured"
     #: Of simulated rows, which are no evidence of machines.
     SIMULATED = "holds in simulation"

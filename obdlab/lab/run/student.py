@@ -66,6 +66,18 @@ def combination(parts: list[tuple[Samples, float]]) -> Normal:
     return Normal(centre, math.sqrt(total), freedom)
 
 
+def slope(places: Samples, values: Samples) -> Normal:
+    """Return the slope of the least-squares line through at least three values, at two places or more."""
+    apart = places - places.mean()
+    square = float(apart @ apart)
+    centre = float(apart @ values) / square
+    rest = values - values.mean() - centre * apart
+    freedom = len(values) - 2.0
+    # Rounding is no spread.
+    spread = float(rest @ rest) if np.ptp(rest) > 1e-12 * float(np.abs(values).max()) else 0.0
+    return Normal(centre, math.sqrt(spread / freedom / square), freedom)
+
+
 def square_error(values: Samples) -> float:
     """Return the square of the mean's standard error. Equal values have none: their sum's rounding is no spread."""
     return 0.0 if np.ptp(values) == 0 else float(values.var(ddof=1)) / len(values)

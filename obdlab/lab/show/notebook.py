@@ -125,18 +125,19 @@ class Page:
     def provenance(self) -> None:
         """Show the rows' files, and the hosts they were measured on."""
         lines = []
-        done = "measured"
+        origins: dict[str, None] = {}
         for run in self.question.runs:
             rows = self.results.rows(run)
             if not rows:
                 continue
-            done = str(rows[0].get("label", done))
+            origin = str(rows[0].get("label", "measured"))
+            origins[origin] = None
             quiet = "; some on a busy host" if busy(rows) else ""
             place = self.results.directory(run).relative_to(self.results.root.parent)
-            lines.append(f"- `{place}/rows.csv`: {len(rows)} rows{quiet}")
+            lines.append(f"- `{place}/rows.csv`: {len(rows)} rows, {origin}{quiet}")
             lines += [f"    - {_about(environment)}" for environment in self.results.environments(run)]
         if lines:
-            _show(_ipython.Markdown("\n".join([f"**Where it was {done}**", "", *lines])))
+            _show(_ipython.Markdown("\n".join([f"**Where it was {' and '.join(origins)}**", "", *lines])))
 
     def _run(self, name: str) -> Run:
         for run in self.question.runs:

@@ -7,7 +7,8 @@ is measured, and ``fitting`` compares it with rows that are.
 from __future__ import annotations
 
 from obdlab.peers.simulator.eventqueue import SimulationError
-from obdlab.peers.simulator.swarm import Outcome, Site, simulate
+from obdlab.peers.simulator.site import Outcome, Site
+from obdlab.peers.simulator.swarm import simulate
 from obdlab.peers.simulator.workload import Step, Workload
 
 __all__ = ["Outcome", "SimulationError", "Site", "Step", "Workload", "simulate"]

@@ -12,12 +12,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from obdlab.peers.simulator.eventqueue import SimulationError
-from obdlab.peers.simulator.swarm import Outcome, Swarm, no_collection
+from obdlab.peers.simulator.swarm import Swarm, no_collection
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from obdlab.peers.simulator.swarm import Container, Site
+    from obdlab.peers.simulator.parts import Container
+    from obdlab.peers.simulator.site import Outcome, Site
     from obdlab.peers.simulator.workload import Workload
 
 #: A response that takes so many times a request's own time shows a system that has not recovered.

@@ -5,21 +5,22 @@ In the words of the code: a *container* reads the steps of a workload. A block t
 yet. Of a block there is one flight to a host; later readers and children wait for it. A *channel* is the connection
 between a host and one of its sources: one flow, on which the blocks that are ready follow one another, so that a host
 has as many flows as children and sources. With cut-through a block is passed on from its first unit on; its last byte
-leaves no sooner than one unit's time after it has come in.
+leaves no sooner than one unit's time after it has come in. A host that leaves ends its channels; those that waited
+for it notice after a while, and ask for their blocks again, at the places that the topology gives them then.
 """
 
 from __future__ import annotations
 
 import gc
-from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from obdlab.peers.simulator.eventqueue import Events, SimulationError
-from obdlab.peers.simulator.network import Flow, Link, Network
+from obdlab.peers.simulator.network import Network
+from obdlab.peers.simulator.parts import Channel, Container, Flight, Host
 from obdlab.peers.simulator.rules import ROOT, group, rule
+from obdlab.peers.simulator.site import Outcome, Site
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,132 +34,6 @@ _NEVER = float("inf")
 _RENEW_S = 20.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Site:
-    """Links and times. Capacities are in bytes per second.
-
-    Attributes:
-        up, down: capacity of a host.
-        origin_up: capacity of the registry.
-        root_up: capacity of the root of trees that have one; 0: as a host's.
-        rtt_s: round trip between hosts.
-        origin_rtt_s: round trip to the registry.
-        service_s: time that a host needs for a request; it serves one after the other.
-        origin_service_s: the registry's; it serves all at once.
-        unit: bytes after which a block can be passed on.
-        cut_through: a block is passed on while it arrives, not after it.
-        window: bytes that a new connection sends in its first round trip, doubled in each further one; 0: any number.
-        cache_bytes: most bytes of blocks that a host keeps; 0: all.
-        local_s: time of a start before its first read.
-        cores: containers of a host that run at full speed.
-        warm_root: the root holds the image from the beginning.
-        warm: every host holds it.
-    """
-
-    up: float = 125e6
-    down: float = 125e6
-    origin_up: float = 1.25e9
-    root_up: float = 0.0
-    rtt_s: float = 0.0005
-    origin_rtt_s: float = 0.002
-    service_s: float = 0.0005
-    origin_service_s: float = 0.002
-    unit: int = 16384
-    cut_through: bool = True
-    window: int = 14600
-    cache_bytes: int = 0
-    local_s: float = 0.0
-    cores: int = 4
-    warm_root: bool = False
-    warm: bool = False
-
-    def __post_init__(self) -> None:
-        times = (self.rtt_s, self.origin_rtt_s, self.service_s, self.origin_service_s, self.local_s)
-        sizes = (self.window, self.cache_bytes, self.root_up)
-        if min(times) < 0 or min(sizes) < 0 or self.unit < 1 or self.cores < 1:
-            raise SimulationError(f"site: wanted no negative value, and a unit and cores of at least 1 (got {self})")
-
-
-@dataclass(slots=True)
-class Outcome:
-    """The end of a simulation: times of starts by container, bytes by source, and its own cost."""
-
-    ready_s: list[float]
-    origin_bytes: int = 0
-    peer_bytes: int = 0
-    #: Most flows of a host at one time, and most copies of one block from the registry.
-    most_flows: int = 0
-    most_copies: int = 0
-    #: Hosts between the registry and a host, at most; 1 is a host that reads from the registry.
-    depth: int = 0
-    events: int = 0
-    #: Seconds of simulated time.
-    ended_s: float = field(default=0.0)
-
-
-class _Host:
-    __slots__ = (
-        "channels", "down", "flights", "free_at", "held", "held_bytes", "is_origin", "name", "places", "rtt_s",
-        "service_s", "slow", "up",
-    )  # fmt: skip
-
-    def __init__(self, name: str, up: float, down: float, rtt_s: float, service_s: float) -> None:
-        self.name, self.rtt_s, self.service_s = name, rtt_s, service_s
-        self.up, self.down = Link(up), Link(down)
-        self.held: dict[int, None] = {}  # least recently used first
-        self.held_bytes = 0
-        self.flights: dict[int, _Flight] = {}
-        self.channels: dict[_Host, _Channel] = {}
-        self.places: dict[int, tuple[_Host, int, float]] = {}
-        self.free_at = 0.0
-        self.slow = 1.0
-        self.is_origin = False
-
-
-class _Flight:
-    """A block on its way to ``host``: ``above`` is the same block's flight to the source, if it is not there yet."""
-
-    __slots__ = (
-        "above", "begun_s", "block", "channel", "done", "first_s", "followers", "host", "opening", "rate",
-        "readers", "source", "tails",
-    )  # fmt: skip
-
-    def __init__(self, host: _Host, source: _Host, block: int) -> None:
-        self.host, self.source, self.block = host, source, block
-        self.channel: _Channel | None = None
-        self.above: _Flight | None = None
-        self.readers: list[Container] = []
-        self.followers: list[_Flight] = []
-        self.tails: list[tuple[_Flight, float]] = []
-        self.begun_s = -1.0
-        #: In bytes per second, when the last byte was sent.
-        self.rate = 0.0
-        #: When the first unit had come in; ``opening``: an event will set it.
-        self.first_s = _NEVER
-        self.opening = False
-        self.done = False
-
-
-class _Channel(Flow):
-    __slots__ = ("flight", "growing", "queue", "rtt_s")
-
-    def __init__(self, source: _Host, target: _Host, sent: Any, limit: float) -> None:
-        super().__init__(source.up, target.down, sent, limit)
-        self.rtt_s = source.rtt_s
-        self.queue: deque[_Flight] = deque()
-        self.flight: _Flight | None = None
-        self.growing = False
-
-
-class Container:
-    __slots__ = ("began_s", "host", "missing", "number", "slow", "step")
-
-    def __init__(self, number: int, host: _Host, began_s: float, slow: float) -> None:
-        self.number, self.host, self.began_s, self.slow = number, host, began_s, slow
-        self.step = 0
-        self.missing = 0
-
-
 def simulate(
     site: Site,
     workload: Workload,
@@ -169,6 +44,7 @@ def simulate(
     seed: int,
     arity: int = 2,
     noise: float = 0.0,
+    leaves: Sequence[tuple[float, int]] = (),
     until_s: float = 3600.0,
 ) -> Outcome:
     """Start a container at each of ``starts_s``, on the hosts in turn, and return the time that each one took.
@@ -182,15 +58,18 @@ def simulate(
         seed: of the redirects and of the noise; the same seed gives the same outcome.
         arity: most children of a host.
         noise: a container's own speed is 1 divided by the exponential of a normal deviate with this deviation.
+        leaves: times at which hosts leave for good, in seconds, each with the host's number.
         until_s: simulated seconds after which a simulation that has not ended is an error.
 
     Raises SimulationError for invalid values.
     """
+    if any(at < 0 or not 0 <= number < hosts for at, number in leaves) or len({n for _, n in leaves}) < len(leaves):
+        raise SimulationError(f"leaves: wanted times from 0 s on, and each of {hosts} hosts at most once")
     if hosts < 1 or not starts_s or min(starts_s) < 0 or arity < 1 or noise < 0:
         got = f"{hosts} hosts, {len(starts_s)} starts, arity {arity}, noise {noise:g}"
         raise SimulationError(f"wanted hosts, starts from 0 s on, an arity, and noise of 0 or more (got {got})")
     with no_collection():
-        return Swarm(site, workload, topology, hosts, seed, arity, noise).run(starts_s, until_s)
+        return Swarm(site, workload, topology, hosts, seed, arity, noise).run(starts_s, until_s, leaves)
 
 
 @contextmanager
@@ -216,10 +95,10 @@ class Swarm:
         self._groups = workload.layers if self._rule.by_layer else (0,) * len(workload.layers)
         self._events = Events()
         self._network = Network(self._events)
-        self._origin = _Host("origin", site.origin_up, _WIDE, site.origin_rtt_s, site.origin_service_s)
+        self._origin = Host("origin", site.origin_up, _WIDE, site.origin_rtt_s, site.origin_service_s)
         self._origin.is_origin = True
-        self._root = _Host(ROOT, site.root_up or site.up, site.root_up or site.down, site.rtt_s, site.service_s)
-        self._hosts = [_Host(str(number), site.up, site.down, site.rtt_s, site.service_s) for number in range(hosts)]
+        self._root = Host(ROOT, site.root_up or site.up, site.root_up or site.down, site.rtt_s, site.service_s)
+        self._hosts = [Host(str(number), site.up, site.down, site.rtt_s, site.service_s) for number in range(hosts)]
         self._bounded = 0 < site.cache_bytes < workload.size
         blocks = dict.fromkeys(range(len(workload.sizes)))
         for host in [self._root] * site.warm_root + self._hosts * site.warm:
@@ -227,8 +106,10 @@ class Swarm:
         self._copies = [0] * len(workload.sizes)
         self.outcome = Outcome([])
 
-    def run(self, starts_s: Sequence[float], until_s: float) -> Outcome:
-        """Start a container at each time; return when all are ready."""
+    def run(self, starts_s: Sequence[float], until_s: float, leaves: Sequence[tuple[float, int]] = ()) -> Outcome:
+        """Start a container at each time; return when all are ready whose hosts have not left."""
+        for left_s, number in leaves:
+            self._events.at(left_s, self._leave, self._hosts[number])
         per_host = -(-len(starts_s) // len(self._hosts))
         for start_s in starts_s:
             self._start(start_s, per_host)
@@ -247,17 +128,26 @@ class Swarm:
         self._events.run(self._network.settle, until_s)
         outcome.events, outcome.ended_s = self._events.count, self._events.now
         outcome.most_copies = max(self._copies)
-        missing = outcome.ready_s.count(_NEVER)
-        if missing:
-            raise SimulationError(f"{missing} of {len(outcome.ready_s)} containers never became ready")
+        for host in self._hosts:
+            outcome.peak_sent = max(outcome.peak_sent, *host.sent.values(), 0)
+            outcome.peak_received = max(outcome.peak_received, *host.received.values(), 0)
+        count = len(self._hosts)
+        lost = {number for number in range(len(outcome.ready_s)) if self._hosts[number % count].gone}
+        unready = [number for number, took in enumerate(outcome.ready_s) if took == _NEVER and number not in lost]
+        if unready:
+            raise SimulationError(f"{len(unready)} of {len(outcome.ready_s)} containers never became ready")
+        outcome.ready_s = [took for took in outcome.ready_s if took < _NEVER]
         return outcome
 
     def _ready(self, container: Container) -> None:
         self.outcome.ready_s[container.number] = self._events.now - container.began_s
+        self.outcome.last_ready_s = self._events.now
 
     # Containers.
 
     def _advance(self, container: Container) -> None:
+        if container.host.gone:
+            return
         steps, held = self._workload.steps, container.host.held
         think_s = 0.0
         while container.step < len(steps):
@@ -271,6 +161,8 @@ class Swarm:
         self._events.at(self._events.now + think_s, self._ready, container)
 
     def _read(self, container: Container) -> None:
+        if container.host.gone:
+            return
         for block in self._workload.steps[container.step].blocks:
             flight = self._want(container.host, block)
             if flight is not None:
@@ -283,7 +175,7 @@ class Swarm:
     # Requests.
 
     # The block's flight to the host; None if the host holds it.
-    def _want(self, host: _Host, block: int) -> _Flight | None:
+    def _want(self, host: Host, block: int) -> Flight | None:
         held = host.held
         if block in held:
             if self._bounded:
@@ -291,24 +183,35 @@ class Swarm:
                 held[block] = None
             return None
         flight = host.flights.get(block)
-        if flight is None:
-            source, trips = self._source(host, self._groups[block])
-            flight = host.flights[block] = _Flight(host, source, block)
-            arrived_s = self._events.now + trips * host.rtt_s + source.rtt_s / 2
-            if source.is_origin:
-                served_s = arrived_s + source.service_s
-            else:
-                served_s = source.free_at = max(arrived_s, source.free_at) + source.service_s
-            self._events.at(served_s, self._serve, flight)
+        return self._ask(host, block) if flight is None else flight
+
+    def _ask(self, host: Host, block: int) -> Flight:
+        source, trips = self._source(host, self._groups[block])
+        if self.outcome.left and self._comes_back(host, source, block):
+            source = self._origin
+        flight = host.flights[block] = Flight(host, source, block)
+        arrived_s = self._events.now + trips * host.rtt_s + source.rtt_s / 2
+        if source.is_origin:
+            served_s = arrived_s + source.service_s
+        else:
+            served_s = source.free_at = max(arrived_s, source.free_at) + source.service_s
+        self._events.at(served_s, self._serve, flight)
         return flight
 
+    # Trees change under requests: one that would come back to its host is refused, and goes to the registry.
+    def _comes_back(self, host: Host, source: Host, block: int) -> bool:
+        above = source.flights.get(block)
+        while above is not None and above.source is not host:
+            above = above.source.flights.get(block)
+        return above is not None
+
     # The host's parent in a tree, and the round trips that finding it takes now.
-    def _source(self, host: _Host, tree: int) -> tuple[_Host, int]:
+    def _source(self, host: Host, tree: int) -> tuple[Host, int]:
         if host is self._root:
             return self._origin, 0
         now = self._events.now
         place = host.places.get(tree)
-        if place is not None and now < place[2]:
+        if place is not None and now < place[2] and not place[0].gone:
             return place[0], 0
         name = self._rule.topology.join(group(tree), host.name, now)
         source = self._origin if name is None else self._root if name == ROOT else self._hosts[int(name)]
@@ -318,8 +221,10 @@ class Swarm:
         self.outcome.depth = max(self.outcome.depth, depth)
         return source, 0 if place is not None and place[0] is source else self._rule.join_trips(depth)
 
-    def _serve(self, flight: _Flight) -> None:
+    def _serve(self, flight: Flight) -> None:
         source = flight.source
+        if flight.dead:
+            return
         above = None if source.is_origin else self._want(source, flight.block)
         flight.above = above
         if above is None or above.first_s <= self._events.now:
@@ -331,13 +236,15 @@ class Swarm:
 
     # Transfers.
 
-    def _send(self, flight: _Flight) -> None:
+    def _send(self, flight: Flight) -> None:
         host, source = flight.host, flight.source
+        if flight.dead:
+            return
         channel = host.channels.get(source)
         if channel is None:
             window, rtt_s = self._site.window, source.rtt_s
             limit = window / rtt_s if window and rtt_s else _NEVER
-            channel = host.channels[source] = _Channel(source, host, self._sent, limit)
+            channel = host.channels[source] = Channel(source, host, self._sent, limit)
         if channel.flight is not None:
             channel.queue.append(flight)
             return
@@ -348,7 +255,7 @@ class Swarm:
                 flows = len(end.up.flows) + len(end.down.flows)
                 self.outcome.most_flows = max(self.outcome.most_flows, flows)
 
-    def _begin(self, channel: _Channel, flight: _Flight) -> None:
+    def _begin(self, channel: Channel, flight: Flight) -> None:
         channel.flight, flight.channel, flight.begun_s = flight, channel, self._events.now
         if flight.followers:
             self._expect(flight)
@@ -357,9 +264,9 @@ class Swarm:
             self._events.at(self._events.now + channel.rtt_s, self._grow, channel)
 
     # Slow start: a round trip with data doubles the window. Connections stay open, and keep theirs.
-    def _grow(self, channel: _Channel) -> None:
+    def _grow(self, channel: Channel) -> None:
         channel.growing = False
-        if channel.flight is None:
+        if channel.flight is None or channel.flight.dead:
             return
         limit = 2 * channel.limit
         if limit >= min(channel.up.capacity, channel.down.capacity):
@@ -370,34 +277,37 @@ class Swarm:
         self._network.relimit(channel, limit)
 
     # Have the flight's first unit pass on as soon as it has come in.
-    def _expect(self, flight: _Flight) -> None:
+    def _expect(self, flight: Flight) -> None:
         if self._site.cut_through and not flight.opening:
             flight.opening = True
             first_byte_s = flight.begun_s + flight.source.rtt_s / 2
             self._events.at(max(self._events.now, first_byte_s), self._open, flight)
 
-    def _open(self, flight: _Flight) -> None:
+    def _open(self, flight: Flight) -> None:
         channel = flight.channel
-        if flight.done or channel is None:
+        if flight.done or flight.dead or channel is None:
             return
         # All of it may be on its way already. A crowded link may not have given the flow its share yet.
         rate = flight.rate or channel.rate or channel.up.capacity / len(channel.up.flows)
         first_s = flight.begun_s + flight.source.rtt_s / 2 + self._unit_s(flight, rate)
         self._events.at(max(self._events.now, first_s), self._pass_on, flight)
 
-    def _unit_s(self, flight: _Flight, rate: float) -> float:
+    def _unit_s(self, flight: Flight, rate: float) -> float:
         return min(self._site.unit, self._workload.sizes[flight.block]) / rate
 
-    def _pass_on(self, flight: _Flight) -> None:
+    def _pass_on(self, flight: Flight) -> None:
+        if flight.dead:
+            return
         flight.first_s = self._events.now
         followers, flight.followers = flight.followers, []
         for follower in followers:
             self._send(follower)
 
-    def _sent(self, channel: _Channel) -> None:
+    def _sent(self, channel: Channel) -> None:
         flight = channel.flight
         assert flight is not None
         flight.rate = channel.rate
+        self._count(flight.source.sent, flight)
         if flight.above is not None and not flight.above.done:
             # Its last unit is not here yet.
             flight.above.tails.append((flight, self._unit_s(flight, channel.rate) + channel.rtt_s / 2))
@@ -411,8 +321,15 @@ class Swarm:
             channel.flight = None
             self._network.stop(channel)
 
-    def _arrive(self, flight: _Flight) -> None:
+    def _count(self, seconds: dict[int, int], flight: Flight) -> None:
+        second = int(self._events.now)
+        seconds[second] = seconds.get(second, 0) + self._workload.sizes[flight.block]
+
+    def _arrive(self, flight: Flight) -> None:
+        if flight.dead:
+            return
         host, block = flight.host, flight.block
+        self._count(host.received, flight)
         flight.done = True
         del host.flights[block]
         self._keep(host, block)
@@ -434,7 +351,7 @@ class Swarm:
             if not container.missing:
                 self._advance(container)
 
-    def _keep(self, host: _Host, block: int) -> None:
+    def _keep(self, host: Host, block: int) -> None:
         sizes, held = self._workload.sizes, host.held
         held[block] = None
         host.held_bytes += sizes[block]
@@ -442,3 +359,37 @@ class Swarm:
             oldest = next(iter(held))
             del held[oldest]
             host.held_bytes -= sizes[oldest]
+
+    # Hosts that leave.
+
+    def _leave(self, host: Host) -> None:
+        host.gone = True
+        self.outcome.left += 1
+        for tree in sorted(set(self._groups)):
+            for name in self._rule.topology.leave(group(tree), host.name, self._events.now):
+                self.outcome.moved += 1
+                if name != ROOT:
+                    self._hosts[int(name)].places.pop(tree, None)
+        others = [other for other in (self._root, *self._hosts) if not other.gone]
+        waiting = [flight for other in others for flight in other.flights.values() if flight.source is host]
+        for flight in (*host.flights.values(), *waiting):
+            flight.dead = True
+        for channel in [*host.up.flows, *host.down.flows]:
+            self._network.stop(channel)
+        host.channels.clear()
+        for other in others:
+            other.channels.pop(host, None)
+        for flight in waiting:
+            self._events.at(self._events.now + self._site.patience_s, self._ask_again, flight)
+
+    # Readers and children of a flight wait for the one that replaces it.
+    def _ask_again(self, old: Flight) -> None:
+        host = old.host
+        if host.gone:
+            return
+        new = self._ask(host, old.block)
+        new.readers, new.followers, new.tails = old.readers, old.followers, old.tails
+        for other in (self._root, *self._hosts):
+            flight = other.flights.get(old.block)
+            if flight is not None and flight.above is old:
+                flight.above = new

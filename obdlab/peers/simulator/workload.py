@@ -47,6 +47,10 @@ class Workload:
         factor = size / self.size
         return replace(self, sizes=tuple(max(1, round(each * factor)) for each in self.sizes))
 
+    def stretched(self, factor: float) -> Workload:
+        """Return the same reads with ``factor`` times the time between them."""
+        return replace(self, steps=tuple(replace(step, think_s=step.think_s * factor) for step in self.steps))
+
     @classmethod
     def even(cls, blocks: int, size: int, think_s: float = 0.0) -> Workload:
         """Return a start that reads ``blocks`` blocks of ``size`` bytes of one layer, one after the other."""

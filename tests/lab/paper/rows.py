@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ _SIMULATED: dict[str, dict[str, tuple[Any, ...]]] = {
     "simulated_faasnet": {"topology": ("balanced", "rooted", "direct"), "hosts": (8, 128)},
     "simulated_functions": {"topology": ("balanced",), "containers": (2.5,)},
     "simulated_bursts": {"topology": ("balanced", "direct"), "shape": ("iot",)},
+    "simulated_churn": {"topology": ("balanced", "direct"), "hosts": (128,)},
 }
 
 
@@ -68,13 +70,31 @@ def simulated(**values: dict[str, float]) -> dict[str, list[Row]]:
     for run, axes in _SIMULATED.items():
         rows = grid_rows("simulation", about | axes, {"spread_s": 1.0, **values.get(run, {})})
         for number, row in enumerate(rows):
-            row |= {"label": "simulated", "repeat": number % 3}
+            row |= {"label": "simulated", "repeat": number % 3, "peak_sent_mb_s": 90.0, "peak_received_mb_s": 45.0}
             if row["topology"] == "direct":
                 row |= {key: 5 * row[key] for key in ("median_s", "all_ready_s", "recovered_s")}
             elif row["topology"] == "rooted" and run == "simulated_faasnet":
                 row["median_s"] *= 2.8
         found[run] = rows
     return found
+
+
+def swarm(**values: Any) -> dict[str, list[Row]]:
+    """Rows of both emulated experiments, three of each point, that hold the claims; ``values`` replace some."""
+    found: list[Row] = []
+    for topology, hosts, repeat in product(("rendezvous", "direct"), (1, 2, 4, 8, 16, 32), range(3)):
+        grows = 1 + (0.4 * math.log2(hosts) if topology == "direct" else 0.0)
+        about = {"kind": "swarm", "topology": topology, "hosts": hosts, "caches": "cold", "repeat": repeat}
+        numbers = dict.fromkeys((metric.key for metric in KINDS["swarm"].metrics), 1.0)
+        times = {"median_s": grows * (10 + 0.01 * repeat), "slowest_s": grows * (10.5 + 0.01 * repeat)}
+        sets = {"origin_sets": float(hosts) if topology == "direct" else 1.05}
+        state = {"label": "emulated", "links_decide": True, "quiet": True}
+        found.append({**about, **numbers, **times, **sets, **state, **values})
+    one = grid_rows("swarm", {"topology": ("rooted", "direct"), "hosts": (1,), "caches": ("warm root",)}, {})
+    for number, row in enumerate(one):
+        about = {"label": "emulated", "links_decide": True, "repeat": number % 3}
+        row |= {**about, "median_s": {"rooted": 0.3, "direct": 1.0}[row["topology"]] * (1 + 0.01 * (number % 3))}
+    return {"swarm": found, "swarm_from_peers": one}
 
 
 class Given(Results):
@@ -106,6 +126,7 @@ def everything(root: Path) -> Given:
             ),
             "misses": grid_rows("misses", {"rtt_ms": (0, 20), "size": (4096,)}, {}),
             **simulated(),
+            **swarm(),
             "memory": grid_rows("memory", {"devices": (1, 10)}, {}),
         },
     )

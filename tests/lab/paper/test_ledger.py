@@ -71,8 +71,8 @@ def test_a_reason_counts_only_for_a_claim_without_rows(tmp_path: Path) -> None:
         found = {entry.claim.key: entry.outcome for entry in ledger.ledger(Given(tmp_path, {"start": rows}))}
         assert found["cold-start"].verdict is verdict
     assert (found["trace"].verdict, found["trace"].because) == (Verdict.NOT_RUNNABLE, "no containerd")
-    # Its peers are a matter of what is built, not of this host.
-    assert found["cold-start-p2p"].verdict is Verdict.NOT_YET
+    # Its rows are those of another experiment, which was not tried.
+    assert found["cold-start-p2p"].verdict is Verdict.NOT_MEASURED
 
 
 def test_the_ledger_of_one_question(tmp_path: Path) -> None:

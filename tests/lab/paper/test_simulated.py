@@ -41,6 +41,7 @@ def given(run: str, key: str, value: float, **where: object) -> dict[str, list[R
         ("faasnet-tree", "faasnet", "median_s", {"topology": "rooted", "hosts": 128}, {2.0: Y, 1.9: N, 4.1: N}),
         ("faasnet-on-demand", "faasnet", "median_s", {"topology": "direct", "hosts": 128}, {2.5: Y, 2.4: N, 11.0: N}),
         ("faasnet-spread", "faasnet", "spread_s", {"topology": "balanced", "hosts": 128}, {2.9: Y, 3.0: N}),
+        ("faasnet-peak", "faasnet", "peak_sent_mb_s", {}, {112.5: Y, 113.0: N, 75.0: Y, 74.0: N}),
         ("faasnet-scale", "functions", "all_ready_s", {}, {8.3: Y, 8.4: N}),
         ("faasnet-bursts", "bursts", "recovered_s", {"topology": "direct"}, {2.0: Y, 1.9: N}),
     ],
@@ -87,5 +88,6 @@ def test_the_models_error_stands_beside_a_projection() -> None:
         (Prediction("rooted", 8, 1.0, 1.0),),
         (Prediction("rooted", 16, 1.0, 1.02), Prediction("rooted", 32, 1.0, 0.93)),
     )
-    assert simulated.basis(Fit({}, *points)) == "simulated, fitted to 8 hosts, wrong by 7% at 16 and 32"
+    words = "simulated; the model, fitted to 8 emulated hosts, is wrong by at most 7% at 16 and 32"
+    assert simulated.basis(Fit({}, *points)) == words
     assert simulated.basis(Fit({}, points[0], ())) == "simulated, not fitted to a swarm"

@@ -108,7 +108,7 @@ def test_nothing_measured_has_no_evidence() -> None:
     nothing = Outcome(Verdict.NOT_MEASURED, "", "", "", (START,), 0)
     assert of_ratio(None, what="a", paper="1", below=1.0, enough=0.5, used=QUIET, run=START) == nothing
     assert of_number(None, what="a", unit="s", least=None, most=None, used=QUIET, run=START) == nothing
-    assert Outcome(Verdict.NOT_YET) == Outcome(Verdict.NOT_YET, "", "", "", (), 0)
+    assert Outcome(Verdict.NOT_RUNNABLE) == Outcome(Verdict.NOT_RUNNABLE, "", "", "", (), 0)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_verdict_must_stay_sure_among_all_of_them() -> None:
 
     outcomes = [
         outcome(Verdict.REPRODUCED, 0.04),
-        outcome(Verdict.NOT_YET, None),
+        outcome(Verdict.NOT_RUNNABLE, None),
         outcome(Verdict.NOT_REPRODUCED, 0.01),
         outcome(Verdict.UNCLEAR, 0.6),
         outcome(Verdict.REPRODUCED, None),
@@ -154,7 +154,7 @@ def test_a_verdict_must_stay_sure_among_all_of_them() -> None:
     found = corrected(outcomes)
     assert [each.verdict for each in found] == [
         Verdict.UNCLEAR,
-        Verdict.NOT_YET,
+        Verdict.NOT_RUNNABLE,
         Verdict.NOT_REPRODUCED,
         Verdict.UNCLEAR,
         Verdict.REPRODUCED,

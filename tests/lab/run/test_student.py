@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from obdlab.lab.run.student import Normal, combination, difference, one_mean, quantile, two_sided
+from obdlab.lab.run.student import Normal, combination, difference, one_mean, quantile, slope, two_sided
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,22 @@ def test_equal_values_leave_no_doubt() -> None:
     assert exact.p(0.2) == 1.0
     low, high = Normal(1.0, 0.5, 2.0).interval(0.95)
     assert (low, high) == (pytest.approx(1 - 2.15133, rel=1e-5), pytest.approx(1 + 2.15133, rel=1e-5))
+
+
+def test_a_slope_by_hand() -> None:
+    found = slope(np.array([0.0, 1.0, 2.0, 3.0]), np.array([1.0, 3.0, 4.0, 8.0]))
+    # Means 1.5 and 4; squares of the places 5, products 11; what is left: 0.3, 0.1, -1.1 and 0.7.
+    assert found.centre == pytest.approx(2.2)
+    assert found.error == pytest.approx(math.sqrt(1.8 / 2 / 5))
+    assert found.freedom == 2.0
+    exact = slope(np.array([0.0, 1.0, 5.0]), np.array([1.0, 1.1, 1.5]))
+    assert (exact.centre, exact.error) == (pytest.approx(0.1), 0.0)
+
+
+def test_a_slope_is_in_its_interval() -> None:
+    rng, places = np.random.default_rng(4), np.repeat(np.arange(6.0), 3)
+    rounds, held = 1500, 0
+    for _ in range(rounds):
+        low, high = slope(places, 1 + 0.05 * places + 0.1 * rng.standard_normal(len(places))).interval(0.95)
+        held += low <= 0.05 <= high
+    assert abs(held / rounds - 0.95) < 3 * (0.95 * 0.05 / rounds) ** 0.5

@@ -214,3 +214,51 @@ def test_invalid_values_are_named(changes: dict[str, Any], words: str) -> None:
 def test_a_simulation_ends() -> None:
     with pytest.raises(SimulationError, match="not finished"):
         start("rooted", 3, until_s=0.01)
+
+
+#: A start that takes a while, so that hosts can leave in the middle.
+LONG = Workload.even(20, 200_000, 0.02)
+
+
+@pytest.mark.parametrize("topology", NAMES)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_hosts_that_leave_keep_no_other_from_its_start(topology: str, data: st.DataObject) -> None:
+    hosts = data.draw(st.integers(2, 24))
+    gone = data.draw(st.sets(st.integers(0, hosts - 1), max_size=hosts - 1))
+    leaves = [(data.draw(st.floats(0, 1.5)), number) for number in sorted(gone)]
+    outcome = start(topology, hosts, LONG, leaves=leaves)
+    assert outcome.left == len(gone)
+    # A start that was over before its host left counts.
+    assert hosts - len(gone) <= len(outcome.ready_s) <= hosts
+    assert outcome == start(topology, hosts, LONG, leaves=leaves)
+
+
+def test_a_parent_that_leaves_costs_the_patience_once() -> None:
+    # registry - root - host 0 - host 1, a chain
+    alone = start("rooted", 2, LONG, arity=1)
+    # The first block is on its way then.
+    both = start("rooted", 2, LONG, arity=1, leaves=[(0.03, 0)])
+    (took,) = both.ready_s
+    assert (both.left, both.moved) == (1, 1)
+    assert alone.ready_s[1] + PLAIN.patience_s - 0.05 < took < alone.ready_s[1] + PLAIN.patience_s + 0.05
+    assert both.origin_bytes == LONG.size
+
+
+def test_a_host_that_leaves_after_all_starts_changes_nothing() -> None:
+    for topology in NAMES:
+        ready_s = start(topology, 10, LONG).ready_s
+        assert start(topology, 10, LONG, leaves=[(100.0, 3)]).ready_s == ready_s
+
+
+def test_only_hosts_that_are_there_leave_and_once() -> None:
+    for leaves in ([(0.0, 5)], [(-1.0, 0)], [(0.0, 1), (1.0, 1)]):
+        with pytest.raises(SimulationError, match="leaves"):
+            start("rooted", 5, leaves=leaves)
+
+
+def test_a_nodes_peak_is_its_bytes_in_a_second() -> None:
+    outcome = start("rooted", 7, LONG, up=2e6, down=2e6)
+    # Two children share the uplink: twice the bytes go out that come in.
+    assert 1.5e6 < outcome.peak_sent <= 2.2e6
+    assert 0.8e6 < outcome.peak_received <= 1.4e6
