@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from obdlab.traces.imagefiles import ImageFiles
 
@@ -39,6 +39,14 @@ class Language(ABC):
 
     def start(self) -> Iterator[bytes]:
         """Yield files that are loaded before a program's first line."""
+        return iter(())
+
+    def given(self, words: Sequence[str]) -> Iterator[bytes]:
+        """Yield files that a program loads because of its arguments, beside those that these name."""
+        return iter(())
+
+    def programs(self) -> Iterator[bytes]:
+        """Yield programs that this one runs before any of those it is given."""
         return iter(())
 
     @abstractmethod
@@ -422,41 +430,3 @@ class Php(Language):
             found = found or (self._files.real(name) if name.startswith(b"/") else None)
             if found is not None:
                 yield found
-
-
-class Java(Language):
-    """The JVM: its own files. Archives of classes name the classes that a program loads."""
-
-    _PROGRAM = re.compile(rb"(.*)/bin/java")
-    _START = (
-        *(b"jvm.cfg", b"libjli.so", b"server/libjvm.so", b"server/classes.jsa", b"libjimage.so", b"libjava.so"),
-        *(b"modules", b"tzdb.dat", b"security/java.security", b"libzip.so", b"libnio.so", b"libnet.so"),
-    )
-
-    @classmethod
-    def fits(cls, program: bytes) -> bool:
-        """Return True for "java"."""
-        return cls._PROGRAM.fullmatch(program) is not None
-
-    def start(self) -> Iterator[bytes]:
-        """Yield the libraries, the archive of classes and the modules file."""
-        home = os.path.dirname(os.path.dirname(self.program))
-        for name in self._START:
-            for directory in (b"/lib/", b"/conf/"):
-                found = self._files.real(home + directory + name)
-                if found is not None:
-                    yield found
-                    break
-
-    def needed(self, path: bytes, source: bytes) -> Iterator[bytes]:
-        """Yield nothing: archives are read by their directories."""
-        return iter(())
-
-
-LANGUAGES: tuple[type[Language], ...] = (Python, Perl, Ruby, Node, Php, Java)
-
-
-def language_of(files: ImageFiles, program: bytes, environment: Mapping[str, str]) -> Language | None:
-    """Return the language that a program interprets, or None."""
-    found = next((each for each in LANGUAGES if each.fits(program)), None)
-    return None if found is None else found(files, program, environment)

@@ -15,26 +15,29 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from obdlab.errors import FormatError
 from obdlab.formats.trace import Trace
 from obdlab.traces.imagefiles import MAX_FILES, ImageFiles
-from obdlab.traces.languages import MAX_SOURCE, Language, language_of
+from obdlab.traces.languages import MAX_SOURCE, Language
+from obdlab.traces.loader import Loader
 from obdlab.traces.replay import reads_of_disk
-from obdlab.traces.scripts import MAX_TEXT, commands_in, is_shell, is_wrapper, names_in, search_paths, unwrapped
+from obdlab.traces.runtimes import language_of
+from obdlab.traces.scripts import MAX_TEXT, commands_in, is_shell, is_wrapper, names_in, unwrapped
 from obdlab.traces.sets import unique
-from obdlab.volumes.elf import MAGIC, read_linked
+from obdlab.traces.shellvariables import Variables
+from obdlab.volumes.elf import MAGIC
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from obdlab.layers.stack import Stack
     from obdlab.traces.profile import Chosen, Profile
-    from obdlab.volumes.elf import Linked
 
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 # Bounds on the work for one image.
-_MAX_LIBRARIES = 1024
+_MAX_NAMES = 1024
 _MAX_WORDS = 64
+# Each takes some ten calls within each other.
+_MAX_DEPTH = 48
 _MAX_LINE = 4096
 _MAX_DIRECTORIES = 64
 _MAX_INCLUDES = 64
@@ -50,8 +53,6 @@ _NAMED_SIZE = 256 << 10
 
 _LIBC_FILES = ("/etc/nsswitch.conf", "/etc/passwd", "/etc/group", "/etc/localtime")
 _LOCALE_FILES = ("/usr/lib/locale/locale-archive", "/usr/lib/locale/C.utf8/LC_CTYPE")
-_TRIPLES = {"EM_X86_64": "x86_64-linux-gnu", "EM_AARCH64": "aarch64-linux-gnu", "EM_386": "i386-linux-gnu"}
-_DIRECTORIES = ("/lib64", "/usr/lib64", "/lib", "/usr/lib", "/usr/local/lib")
 # Paths in a program's data.
 _NAMED = re.compile(rb"/(?:etc|usr/share|usr/lib|usr/local|var/lib|opt|srv)/[\w./+-]{2,200}")
 
@@ -96,18 +97,21 @@ class _Start:
         self.files: dict[bytes, list[tuple[int, int]]] = {}
         self.noted: list[bytes] = []
         self.left_out: list[str] = []
-        self._system: tuple[bytes, ...] = ()
+        self._loader = Loader(self.image)
+        self._variables = Variables({})
+        self._depth = 0
+        # Interpreters whose own files were added.
+        self._begun: set[bytes] = set()
         # Sources and texts that were looked through, each by its language or none.
         self._seen: set[tuple[bytes, type[Language] | None]] = set()
 
     def follow(self, document: Mapping[str, Any]) -> None:
         config = document.get("config")
         config = config if isinstance(config, dict) else {}
-        self._variables = dict(each.partition("=")[::2] for each in _texts(config.get("Env")))
-        self._path = (self._variables.get("PATH") or _PATH).split(":")[:_MAX_DIRECTORIES]
+        self._variables = Variables(dict(each.partition("=")[::2] for each in _texts(config.get("Env"))))
+        self._variables.assign_default("PATH", _PATH)
         directory = config.get("WorkingDir")
-        self._place = directory if isinstance(directory, str) and directory.startswith("/") else "/"
-        self._environment = _directories(os.fsencode(self._variables.get("LD_LIBRARY_PATH", "")), b"/")
+        self._place = next((each for each in _texts([directory]) if each.startswith("/")), "/")
         for words in _commands(config):
             self._run(words)
         if self.files:
@@ -159,18 +163,27 @@ class _Start:
 
     def _command(self, words: Sequence[str]) -> bytes | None:
         first = None
-        for number, each in enumerate(unwrapped(list(words[:_MAX_WORDS]))):
-            program = self._program(each[0], self._path)
+        commands = unwrapped(list(words[:_MAX_WORDS]))
+        for number, each in enumerate(commands):
+            program = self._program(each[0], _directories_of(self._variables, "PATH"))
             if number == 0:
                 first = program
             if program is not None:
                 self._load(program)
-            self._arguments(program, each[1:])
+            # The arguments of a wrapper are another command.
+            if number == len(commands) - 1:
+                self._arguments(program, each)
         return first
 
+    def _language(self, program: bytes) -> Language | None:
+        return language_of(self.image, program, self._variables.environment())
+
     def _arguments(self, program: bytes | None, words: Sequence[str]) -> None:
-        language = language_of(self.image, program, self._variables) if program is not None else None
-        for option, text in pairwise(["", *words]):
+        language = self._language(program) if program is not None else None
+        for each in language.given(words[1:]) if language is not None else ():
+            self._source(each, language)
+        shell = is_shell(os.path.basename(words[0]))
+        for option, text in pairwise(["", *words[1:]]):
             if option == "-c" and language is None:
                 self._shell(text[:_MAX_LINE])
             for part in (text, text.partition("=")[2]):
@@ -178,29 +191,49 @@ class _Start:
                     if "/" not in name and "." not in name:
                         continue
                     found = self.image.real(os.fsencode(os.path.join(self._place, name)))
-                    if found is not None:
+                    if found is not None and shell:
+                        self._shell_file(found, starts=True)
+                        shell = False
+                    elif found is not None:
                         self._source(found, language)
 
     def _shell(self, text: str) -> None:
-        for directory in search_paths(text):
-            if directory not in self._path and len(self._path) < 2 * _MAX_DIRECTORIES:
-                self._path.insert(0, directory)
-        for words in commands_in(text):
+        for words in commands_in(text, self._variables):
             if words[0] == "source":
                 found = self.image.real(os.fsencode(os.path.join(self._place, words[1])))
                 if found is not None:
-                    self._add(found)
                     self._shell_file(found)
             elif not is_wrapper(words[0]) or len(words) > 1:
                 self._command(words)
 
-    def _shell_file(self, path: bytes) -> None:
-        if (path, None) not in self._seen:
-            self._seen.add((path, None))
-            self._shell(self.image.read(path, 0, MAX_TEXT).decode(errors="surrogateescape"))
+    # Follows a script, one that is started or one that another reads commands of.
+    def _shell_file(self, path: bytes, *, starts: bool = False) -> None:
+        self._add(path)
+        if (path, None) in self._seen or not self._deeper(path):
+            return
+        self._seen.add((path, None))
+        outer = self._variables.values("0")[0]
+        if starts:
+            self._variables.name_script(os.fsdecode(path))
+        self._shell(self.image.read(path, 0, MAX_TEXT).decode(errors="surrogateescape"))
+        self._variables.name_script(outer)
+        self._depth -= 1
+
+    # Returns False if programs and scripts start each other more deeply than a start is worth.
+    def _deeper(self, path: bytes) -> bool:
+        if self._depth >= _MAX_DEPTH:
+            self.left_out.append(f"{os.fsdecode(path)}: started by {_MAX_DEPTH} others one after another")
+            return False
+        self._depth += 1
+        return True
 
     # Adds a program with all that it loads: breadth first, as the loader does.
     def _load(self, program: bytes) -> None:
+        if self._deeper(program):
+            self._load_all(program)
+            self._depth -= 1
+
+    def _load_all(self, program: bytes) -> None:
         pending: deque[tuple[bytes, bytes]] = deque([(program, b"")])  # with the rpaths of those that load it
         while pending:
             path, inherited = pending.popleft()
@@ -216,6 +249,7 @@ class _Start:
         if head == MAGIC and (program, None) not in self._seen:
             self._seen.add((program, None))
             self._named(program)
+            self._run_time(program)
 
     def _script(self, path: bytes, head: bytes) -> None:
         words = [os.fsdecode(word) for word in head[2:].split(b"\n")[0].split()[:4]]
@@ -228,23 +262,26 @@ class _Start:
             if found is not None:
                 self._load(found)
                 if is_shell(os.path.basename(word)):
-                    self._shell_file(path)
+                    self._shell_file(path, starts=True)
                 else:
-                    self._source(path, language_of(self.image, found, self._variables))
+                    self._source(path, self._language(found))
 
     # Files that a program names in its data: configurations, most of all.
     def _named(self, program: bytes) -> None:
         data = self.image.read(program, 0, _MAX_PROGRAM)
-        for name in list(dict.fromkeys(match[0] for match in _NAMED.finditer(data)))[:_MAX_LIBRARIES]:
+        for name in list(dict.fromkeys(match[0] for match in _NAMED.finditer(data)))[:_MAX_NAMES]:
             found = self.image.real(name)
             if found is not None and self.image.size(found) <= _NAMED_SIZE:
                 self._configuration(found)
 
     def _run_time(self, path: bytes) -> None:
-        language = language_of(self.image, path, self._variables)
-        if language is not None:
+        language = self._language(path)
+        if language is not None and path not in self._begun:
+            self._begun.add(path)
             for each in language.start():
                 self._source(each, language)
+            for each in language.programs():
+                self._load(each)
 
     # Adds a source or text with the files that it loads or names.
     def _source(self, path: bytes, language: Language | None) -> None:
@@ -308,60 +345,14 @@ class _Start:
             if found is not None and (self.image.size(found) <= _NAMED_SIZE or found.endswith(b".so")):
                 yield found
 
-    def _linked(self, path: bytes, inherited: bytes) -> Iterator[tuple[bytes, bytes]]:
-        size = self.image.size(path)
-        try:
-            linked = read_linked(lambda at, length: self.image.read(path, at, length), size, name=os.fsdecode(path))
-        except FormatError as error:
-            self.left_out.append(str(error))
-            return
-        if size > self._whole_size(path):
-            self.files[path] += [(begin, min(end, begin + WHOLE_SIZE)) for begin, end in linked.written]
-        if linked.interpreter:
-            found = self.image.real(linked.interpreter)
-            if found is not None:
-                yield found, b""
+    def _linked(self, path: bytes, inherited: bytes) -> list[tuple[bytes, bytes]]:
+        loaded = self._loader.loaded(path, inherited, _directories_of(self._variables, "LD_LIBRARY_PATH"))
+        self.left_out += loaded.left_out
+        if path in self.files and self.image.size(path) > self._whole_size(path):
+            self.files[path] += [(begin, min(end, begin + WHOLE_SIZE)) for begin, end in loaded.written]
+        if loaded.is_program:
             self._add(b"/etc/ld.so.cache")
-        rpath = b"" if linked.runpath else b":".join(filter(None, (linked.rpath, inherited)))
-        for name in linked.needed[:_MAX_LIBRARIES]:
-            found = self._library(name, linked, rpath, os.path.dirname(path))
-            if found is None:
-                self.left_out.append(f"{os.fsdecode(name)}: missing, needed by {os.fsdecode(path)}")
-            else:
-                yield found, rpath
-
-    # The order is that of ld.so(8). ld.so.cache stands for the directories of ld.so.conf and the default ones.
-    def _library(self, name: bytes, linked: Linked, rpath: bytes, origin: bytes) -> bytes | None:
-        if b"/" in name:
-            return self.image.real(name)
-        triple = _TRIPLES.get(linked.machine, "")
-        defaults = [f"{each}/{triple}".encode() for each in ("/lib", "/usr/lib")] if triple else []
-        defaults += [each.encode() for each in _DIRECTORIES]
-        if not self._system:
-            self._system = tuple(self._configured()) or (b"/lib",)
-        for directory in (
-            *_directories(rpath, origin),
-            *self._environment,
-            *_directories(linked.runpath, origin),
-            *self._system,
-            *defaults,
-        ):
-            found = self.image.real(directory + b"/" + name)
-            # ld.so goes on behind a library for other processors.
-            if found is not None and self.image.read(found, 0, len(linked.ident)) == linked.ident:
-                return found
-        return None
-
-    # Yields the directories of ld.so.conf. A start reads ld.so.cache in its place.
-    def _configured(self) -> Iterator[bytes]:
-        listed = [each for each in self.image.names(b"/etc/ld.so.conf.d") if each.endswith(b".conf")]
-        names = [b"/etc/ld.so.conf", *(b"/etc/ld.so.conf.d/" + each for each in listed[:_MAX_INCLUDES])]
-        found = []
-        for name in names:
-            real = self.image.real(name)
-            text = self.image.read(real, 0, _MAX_LINE) if real is not None else b""
-            found += [line.strip() for line in text.splitlines() if line.strip().startswith(b"/")]
-        yield from found[:_MAX_DIRECTORIES]
+        return list(loaded.files)
 
     # Adds a file; returns False if it is missing, there before, or one too many.
     def _add(self, name: bytes) -> bool:
@@ -381,8 +372,17 @@ class _Start:
         return PROGRAM_SIZE if self.image.read(path, 0, len(MAGIC)) == MAGIC else WHOLE_SIZE
 
 
+# Texts that no path can hold are left out.
 def _texts(value: object) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    return [each for each in value if isinstance(each, str) and _can_name(each)] if isinstance(value, list) else []
+
+
+def _can_name(text: str) -> bool:
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # An entrypoint is often a script that ends in exec "$@": the command is a command line of its own, too.
@@ -394,6 +394,6 @@ def _commands(config: Mapping[str, Any]) -> Iterator[list[str]]:
         yield command
 
 
-def _directories(paths: bytes, origin: bytes) -> list[bytes]:
-    found = [each for each in paths.split(b":")[:_MAX_DIRECTORIES] if each]
-    return [each.replace(b"${ORIGIN}", origin).replace(b"$ORIGIN", origin) for each in found]
+def _directories_of(variables: Variables, name: str) -> list[str]:
+    found = dict.fromkeys(each for value in variables.values(name) for each in value.split(":") if each)
+    return list(found)[:_MAX_DIRECTORIES]

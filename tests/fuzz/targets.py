@@ -61,6 +61,8 @@ from obdlab.registry.tls import TLSOptions, tls_of_host
 from obdlab.settings.original import parse as parse_settings
 from obdlab.settings.settings import Settings
 from obdlab.traces.profile import File, Profile, Read
+from obdlab.traces.scripts import commands_in, names_in, unwrapped
+from obdlab.traces.shellvariables import Variables
 from obdlab.volumes.erofs.volume import Volume as ErofsVolume
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
@@ -583,6 +585,34 @@ def _profile(data: bytes) -> None:
             list(read.ranges())
 
 
+def _shell(data: bytes) -> None:
+    variables = Variables({"HOME": "/srv", "PATH": "/bin:/usr/bin"})
+    variables.name_script("/opt/app/run.sh")
+    for words in commands_in(data.decode(errors="surrogateescape"), variables):
+        assert words
+        assert all(len(word) <= 4096 for word in words)
+        unwrapped(words)
+    for name, value in variables.environment().items():
+        assert variables.values(name)[0] == value
+    list(names_in(data))
+
+
+_SCRIPTS = (
+    b"""#!/bin/sh
+PRG="$0"; DIR=`dirname "$PRG"`
+[ -z "$JAVA_HOME" ] && JAVA_HOME=/usr/lib/jvm
+. "$DIR/env.sh"
+eval exec "\\"$JAVA_HOME/bin/java\\"" -cp "$DIR/a.jar:${LIB:-/lib}/b.jar" "$@"
+""",
+    b"""
+: ${D=/usr/lib/R}
+for each in /a "${D%/*}"; do
+  if test -x $each; then exec ${each##*/} $(cd "$D" && pwd); fi
+done
+""",
+)
+
+
 def _profile_seeds() -> list[bytes]:
     file = File("/usr/bin/a1", [0, 1], [1], [Read(1, 9000, 5, [0, 1, 1, 1])])
     made = Profile(["one", "two"], [file], made="so").to_bytes()
@@ -628,6 +658,7 @@ TARGETS = {
     "trace": Target(_trace, _trace_seeds),
     "acceleration-layer": Target(content_of_layer, _goldens("image/acceleration-layer.tar")),
     "profile": Target(_profile, _profile_seeds),
+    "shell": Target(_shell, lambda: list(_SCRIPTS), strict=False),
     "priority-list": Target(_priority_list, lambda: [b"/bin/sh\n/usr/lib/\n/opt/x*\n"]),
 }
 

@@ -50,6 +50,15 @@ class Place:
             member("etc/ld.so.cache", b"c" * 5000),
             member("unread", b"u" * 100_000),
             member("other/libc.so.6", b"\x7fELF\x01\x01" + bytes(200), mode=0o755),  # of a processor of 32 bits
+            member("opt/app/run.sh", b'. "$(dirname "$0")/env.sh"\nexec "$PLACE/env" -i "$@"\n', mode=0o755),
+            member("opt/app/both.sh", b"A=$(dirname $0)/bin\nPATH=$A:$PATH\nrun-it\n"),
+            member("opt/app/bin/run-it", b"#!/bin/sh\n. /unread\n", mode=0o755),
+            member("opt/app/env.sh", b": ${PLACE=/usr/bin}\nLD_LIBRARY_PATH=/opt/app/lib\n"),
+            *(
+                member(f"chain/{each}", f"#!/bin/sh\n. /chain/s{each}\n/chain/{each + 1}\n".encode(), mode=0o755)
+                for each in range(200)
+            ),
+            *(member(f"chain/s{each}", f". /chain/s{each + 1}\n".encode()) for each in range(200)),
             symlink("usr/local/bin/run", "../../bin/env"),
             symlink("bin/sh", "../usr/bin/env"),  # the image's command
             symlink("loop", "loop"),
@@ -97,6 +106,7 @@ def test_the_loader_and_its_libraries_are_those_that_the_loader_names(place: Pla
         ({"Cmd": ["./start.sh"], "WorkingDir": "/"}, [b"/start.sh"]),
         ({"Entrypoint": ["/start.sh"], "Cmd": ["run"]}, [b"/start.sh", b"/usr/bin/env"]),
         ({"Cmd": ["/none", "-c", "exec env"]}, [b"/usr/bin/env"]),
+        ({"Cmd": ["/none", "-c", "A=/usr; exec $A/bin/env"]}, [b"/usr/bin/env"]),
     ],
 )
 def test_programs_are_found_as_execve_finds_them(place: Place, config: dict[str, Any], first: list[bytes]) -> None:
@@ -115,10 +125,27 @@ def test_programs_are_found_as_execve_finds_them(place: Place, config: dict[str,
         {"Cmd": ["a\0b"]},
         {"Cmd": ["/" + "x/" * 5000]},
         {"Cmd": ["none", "-c", "'open"]},
+        {"Cmd": ["/\ud800"], "Env": ["A=\ud800"], "WorkingDir": "/\ud800"},
     ],
 )
 def test_configurations_without_a_program_suggest_none(place: Place, config: dict[str, Any]) -> None:
     assert not place.suggested(**config)[0].files
+
+
+def test_scripts_are_followed_through_variables_and_sourced_files(place: Place) -> None:
+    found, _ = place.suggested(Cmd=["/bin/sh", "/opt/app/run.sh"])
+    listed = list(found.files)
+    assert listed.index(b"/opt/app/run.sh") < listed.index(b"/opt/app/env.sh")
+    found, _ = place.suggested(Cmd=["sh", "/opt/app/both.sh"], Env=["PATH=/bin"])
+    assert b"/usr/bin/env" in found.files
+    assert b"/unread" in found.files  # by the search path that the script made
+
+
+def test_scripts_that_start_each_other_for_ever_end(place: Place) -> None:
+    found, _ = place.suggested(Cmd=["/chain/0"])
+    assert b"/chain/3" in found.files
+    assert b"/chain/150" not in found.files
+    assert any("others one after another" in reason for reason in found.left_out)
 
 
 def test_a_library_for_other_processors_is_passed_over(place: Place) -> None:
