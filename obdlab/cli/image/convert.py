@@ -38,6 +38,7 @@ Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, lay
 
 Of a multi-platform image one platform is converted, this machine's unless --platform names another; "all" converts
 every image of it and stores an index of them.
+--suggest adds a layer of what a start will likely read, without running one.
 --as turbo-oci makes small layers that point into those of SRC, in the same repository, where SRC must stay.
 Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
 
@@ -108,7 +109,39 @@ def convert(args: argparse.Namespace, client: RegistryClient) -> ConvertedIndex:
                 source, destination, options=options, progress=progress, at_once=platforms_at_once(args)
             )
         image = convert_image(source, destination, options=options, progress=progress)
-        return ConvertedIndex(image.name, image.digest, image.document, (image,))
+    converted = ConvertedIndex(image.name, image.digest, image.document, (image,))
+    return _with_suggested(args, client, converted) if args.suggest else converted
+
+
+# The new image gets its layer in its place: it is read as any other, from where it is now.
+def _with_suggested(args: argparse.Namespace, client: RegistryClient, converted: ConvertedIndex) -> ConvertedIndex:
+    from obdlab.cli.common import settings_from
+    from obdlab.convert.publish.extend import manifest_of
+    from obdlab.convert.publish.suggested import add_suggested_layer
+    from obdlab.traces.profile import own_profile
+
+    with (
+        opened_source(args.destination, client, args) as source,
+        opened_destination(args.destination, client, args) as destination,
+    ):
+        added = add_suggested_layer(
+            source,
+            destination,
+            settings_from(args),
+            own_profile(),
+            client=client,
+            platform=args.platform,
+            work_dir=args.work_dir,
+            progress=Bars(quiet=args.quiet),
+        )
+    if added is None:
+        print(f"{args.prog}: {args.destination}: no start is known of it, and no hot layer added", file=sys.stderr)
+        return converted
+    if not (args.quiet or args.json):
+        print(f"hot layer of {mb_text(added.size)}: {added.files} files that a start likely reads", file=sys.stderr)
+    with opened_source(args.destination, client, args) as source:
+        document = manifest_of(source, args.platform).to_bytes()
+    return replace(converted, digest=added.manifest.digest, document=document)
 
 
 @contextmanager

@@ -99,6 +99,12 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
         "--referrer", action="store_true", help="have the new manifest refer to the source (OCI 1.1 subject)"
     )
     parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="add a hot layer of what a start will likely read, by the image's configuration and by other starts "
+        "(see: trace suggest)",
+    )
+    parser.add_argument(
         "--no-hash-trees",
         action="store_true",
         help="make no hash trees, by which lazy reads are checked (they are made for images in registries)",
@@ -154,6 +160,12 @@ def check_conversion_options(args: argparse.Namespace) -> str | None:
     """Return an error text if the arguments contradict each other."""
     if args.docker and args.referrer:
         return "--referrer needs OCI's media types: not with --docker"
+    if args.suggest and args.referrer:
+        return "--suggest is not possible with --referrer: an image with another layer on top refers to no source"
+    if args.suggest and args.platform == ALL:
+        return "--suggest is for one platform: not with --platform all"
+    if args.suggest and args.fs == _BOTH:
+        return "--suggest is for one file system: not with --fs both"
     if args.form != _TURBO and args.fs == _BOTH:
         return "--fs both needs --as turbo-oci: a layer of another image has one file system"
     if args.form != _TURBO and args.several_members:
