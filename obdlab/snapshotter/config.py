@@ -50,6 +50,7 @@ _KNOWN = {
     "traceRoots",
     "turboFsType",
     "turboTargetsByLabel",
+    "recordStarts",
     "contentStore",
     "containerdAddress",
     "convertLayers",
@@ -57,6 +58,8 @@ _KNOWN = {
     "exporterConfig",
     *_NO_EFFECT,
 }
+# A longer recording is none of a start.
+_MOST_RECORDED_S = 3600
 _KNOWN_OF_EXPORTER = {"enable", "uriPrefix", "port"}
 
 
@@ -119,6 +122,7 @@ class SnapshotterConfig:
                 turbo_file_systems=_turbo_file_systems(table),
                 content_store=Path(table.text("contentStore")) if table.text("contentStore") else None,
                 turbo_targets_by_label=table.get("turboTargetsByLabel", bool, False),
+                record_starts_s=table.number("recordStarts", 0, least=0, most=_MOST_RECORDED_S),
             ),
             exporter_listen=f"0.0.0.0:{port}" if exporter.get("enable", bool, False) else "",
             exporter_path=exporter.text("uriPrefix") or "/metrics",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ from obdlab.snapshotter.mounts import Mount, kernel_overlay_options, snapshot_mo
 from obdlab.snapshotter.owndevices import OwnDevices
 from obdlab.snapshotter.quota import quota_asked
 from obdlab.snapshotter.snapshots import ImageMounts, Snapshots
+from obdlab.snapshotter.startrecording import StartRecordings
 from obdlab.snapshotter.store import Kind, Reader, Snapshot, Usage
 from obdlab.snapshotter.tracing import use_trace
 from obdlab.snapshotter.writable import Mode, WritableDevice
@@ -59,6 +60,8 @@ class Snapshotter:
         self._layout = layout
         self._images = images
         self._options = options
+        #: Records first starts of images; its ``publish`` is the service's.
+        self.starts = StartRecordings(self._snapshots, options.record_starts_s)
         self._store = self._snapshots.store
         self._locks = self._snapshots.locks
         self._overlay_options = kernel_overlay_options()
@@ -237,6 +240,7 @@ class Snapshotter:
 
     def close(self) -> None:
         """Stop using the root. Devices and mounts stay: containers run on them. Closing twice is allowed."""
+        self.starts.close()
         self._store.close()
         self._layout.close()
 
@@ -245,7 +249,8 @@ class Snapshotter:
             image = self._image_for_new(reader, key, parent)
         quota = self._quota(kind, key, labels)
         # The lock keeps Remove from taking the image down before the new snapshot has become its child.
-        with self._mounted(image, labels), self._store.write() as writer:
+        recorded = kind is Kind.ACTIVE and not overlaybd.is_unpacked(key, labels)
+        with self._mounted(image, labels, recorded=recorded), self._store.write() as writer:
             snapshot, lower_ids = self._snapshots.add(writer, kind, key, parent, labels, quota_bytes=quota)
             below = self._snapshots.image_below(writer, lower_ids)
             if (below and below.id) != (image and image.id):
@@ -296,7 +301,9 @@ class Snapshotter:
         return self._snapshots.image_below(reader, reader.chain(parent))
 
     @contextmanager
-    def _mounted(self, image: Snapshot | None, labels: Mapping[str, str] | None = None) -> Iterator[None]:
+    def _mounted(
+        self, image: Snapshot | None, labels: Mapping[str, str] | None = None, *, recorded: bool = False
+    ) -> Iterator[None]:
         if image is None:
             yield
             return
@@ -306,7 +313,8 @@ class Snapshotter:
                 raise NotFoundError(f"image snapshot {image.key!r} was removed meanwhile")
             if labels is not None and not overlaybd.pull_target(labels):  # labels of a new container
                 use_trace(self._snapshots, image, labels)
-            self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
+            with self.starts.recording(image) if recorded else nullcontext():
+                self._images.mount(image.id, overlaybd.fs_spec(image.labels, self._options), asked_s)
             yield
 
     def _mounts(self, kind: Kind, own_id: int, lower_ids: Sequence[int]) -> list[Mount]:

@@ -93,6 +93,8 @@ class ImageOptions:
     content_store: Path | None = None
     #: turboOCI layers whose blob does not name its target are committed with the target that a label names.
     turbo_targets_by_label: bool = False
+    #: Seconds of an image's first start on this host that are recorded, and published with the image; 0: none are.
+    record_starts_s: int = 0
 
 
 @dataclass(frozen=True, slots=True)

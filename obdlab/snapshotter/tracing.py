@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from obdlab.snapshotter.layout import Layout
     from obdlab.snapshotter.snapshots import Snapshots
     from obdlab.snapshotter.store import Snapshot
 
@@ -47,15 +48,24 @@ def trace_path(labels: Mapping[str, str], roots: Sequence[Path]) -> str:
     return str(path)
 
 
+def start_trace(layout: Layout, image: Snapshot) -> Path:
+    """Return the path of the trace of an image's first start on this host, if that is recorded by itself."""
+    return layout.block(image.id) / "start.trace"
+
+
 def use_trace(snapshots: Snapshots, image: Snapshot, labels: Mapping[str, str]) -> None:
     """Make the image's device, before its first container, record or replay the trace that ``labels`` name.
 
-    Without such labels, the path of an earlier container is cleared. The caller holds the image's lock. Raises
+    Without such labels, the path of an earlier container is cleared, but not that of the image's first start.
+    The caller holds the image's lock. Raises
     FailedPreconditionError if the reads of the container could not all be recorded.
     """
     path = trace_path(labels, snapshots.options.trace_roots)
     config_path = snapshots.layout.config(image.id)
     config = ImageConfig.load(config_path)
+    own = str(start_trace(snapshots.layout, image))
+    if not path and config.record_trace_path == own:
+        return
     if config.record_trace_path == path:
         if not path or not _is_empty(path):
             return

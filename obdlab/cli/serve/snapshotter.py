@@ -8,6 +8,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from obdlab.snapshotter.config import SnapshotterConfig
     from obdlab.snapshotter.core import Snapshotter
     from obdlab.snapshotter.layout import Layout
+    from obdlab.snapshotter.startrecording import RecordedStart
 
 _GRACE_S = 10.0
 
@@ -83,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     layout = Layout(root)
     images = ImageDevices(layout, devices)
     snapshotter = Snapshotter(layout, images, replace(config.images, plain_http_hosts=hosts))
+    snapshotter.starts.publish = partial(_publish_start, settings, hosts)
     differ = DiffService(snapshotter, devices, _differ_options(config))
     server = SnapshotServer(snapshotter, address.absolute(), [(DIFF, differ)])
     server.start()
@@ -112,6 +115,28 @@ def run(args: argparse.Namespace) -> int:
         os._exit(0)
     snapshotter.close()
     return 0
+
+
+# The registry decides whether this host may push; an image that has got a trace meanwhile keeps that.
+def _publish_start(settings: Settings, plain_http_hosts: frozenset[str], start: RecordedStart) -> None:
+    from contextlib import closing
+
+    from obdlab.convert.endpoints.registryimages import RegistrySource
+    from obdlab.convert.publish.hot_and_traces import attach_trace
+    from obdlab.image.registryaccess import open_client
+    from obdlab.registry.platform import host_platform
+    from obdlab.traces.replay import load_file
+
+    logger = logging.getLogger(__name__)
+    with closing(open_client(settings, plain_http_hosts=plain_http_hosts)) as client:
+        source = RegistrySource(start.reference, client)
+        found, manifest = source.find(host_platform(), overlaybd=True)
+        if tuple(layer.digest for layer in manifest.layers) != start.layers:
+            logger.warning("%s: is another image now, the trace of its start is not published", start.reference)
+        elif source.trace(found.digest) is None:
+            image = start.reference.with_digest(found.digest)
+            digest = attach_trace(client, image, load_file(str(start.path)), settings, platform=None)
+            logger.info("%s: the trace of its start is published as %s", start.reference, digest)
 
 
 def _differ_options(config: SnapshotterConfig) -> DifferOptions:
