@@ -58,7 +58,7 @@ _KNOWN = {
     "exporterConfig",
     *_NO_EFFECT,
 }
-# A longer recording is none of a start.
+# Starts do not take longer.
 _MOST_RECORDED_S = 3600
 _KNOWN_OF_EXPORTER = {"enable", "uriPrefix", "port"}
 

@@ -58,8 +58,8 @@ _PLAIN = re.compile(r"[\w./+:=,@%-]+")
 def commands_in(text: str, variables: Variables | None = None) -> Iterator[list[str]]:
     """Yield the words of each command in a shell script, built-in ones left out except "." (yielded as "source").
 
-    Assignments change ``variables`` on the way, so that what follows a sourced file can be expanded: it is the caller
-    who looks through that file before going on.
+    Assignments change ``variables`` on the way. To know those of a sourced file, the caller looks through that file
+    before it takes the next command.
     """
     variables = Variables({}) if variables is None else variables
     text = _CONTINUED.sub(" ", _COMMENT.sub("", text[:MAX_TEXT]))

@@ -38,7 +38,7 @@ Convert an OCI image (gzip, zstd or plain tar layers) to an overlaybd image, lay
 
 Of a multi-platform image one platform is converted, this machine's unless --platform names another; "all" converts
 every image of it and stores an index of them.
---suggest adds a layer of what a start will likely read, without running one.
+--suggest adds a layer of the likely reads of a start, without running one.
 --as turbo-oci makes small layers that point into those of SRC, in the same repository, where SRC must stay.
 Needs no privileges: the file system is written in user space. The same image gives the same bytes everywhere."""
 

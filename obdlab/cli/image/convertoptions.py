@@ -101,7 +101,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suggest",
         action="store_true",
-        help="add a hot layer of what a start will likely read, by the image's configuration and by other starts "
+        help="add a hot layer of the likely reads of a start, by the image's configuration and by other starts "
         "(see: trace suggest)",
     )
     parser.add_argument(
