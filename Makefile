@@ -7,10 +7,10 @@ DEBIAN_PACKAGES := containerd runc docker-registry mmdebstrap busybox-static e2f
   ethtool kmod attr python3-venv ca-certificates
 
 # What only tests need: qcow2 images to import, a Prometheus to scrape the exporter, the virtual machine of tests/vm and
-# what is used in it, certificates, the sizes of the kernel's structures, a systemd that runs the units, the shells whose
-# completion is tried, a browser and the driver of its own version.
-TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs openssl gcc libc6-dev systemd zsh fish \
-  chromium chromium-driver
+# what is used in it, certificates, the sizes of the kernel's structures and the compiled form, a systemd that runs the
+# units, the shells whose completion is tried, a browser and the driver of its own version.
+TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs openssl gcc libc6-dev python3-dev systemd zsh \
+  fish chromium chromium-driver
 
 # What only the long tests need: servers of shared databases, an iSCSI initiator and tools that tell of block events (in
 # the virtual machine), Go with containerd's suite for snapshotters. Docker, which changes the host's packet filters, is
@@ -18,8 +18,8 @@ TEST_PACKAGES := qemu-utils prometheus qemu-system-x86 sg3-utils xfsprogs openss
 LONG_PACKAGES := postgresql mariadb-server open-iscsi blktrace trace-cmd linux-perf \
   golang-go golang-github-containerd-containerd-dev
 
-.PHONY: help setup packages test-packages long-packages peers demo test test-long newest lint docs unit pure host protos
-.PHONY: benchmarks figures first-set mutants clean
+.PHONY: help setup compiled packages test-packages long-packages peers demo test test-long newest lint docs unit pure host
+.PHONY: protos benchmarks figures first-set mutants clean
 
 help:
 	@echo "make demo       set up, then measure redis cold and warm: a full pull against obdlab; one screen and a report"
@@ -34,7 +34,7 @@ help:
 	@echo "make peers      what experiments can compare with: stargz-snapshotter (built), SOCI"
 	@echo "make protos     generate obdlab/containerd/_pb from protos/"
 
-setup: packages $(VENV)/.installed
+setup: packages $(VENV)/.installed compiled
 
 packages:
 	@scripts/install-packages $(DEBIAN_PACKAGES)
@@ -54,6 +54,10 @@ $(VENV)/.installed: pyproject.toml obdlab/layers/_blocks.c
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[lab,dev]'
 	@touch $@
+
+# The compiled form is built by the installation if a compiler is there; if one came later, by this.
+compiled: $(VENV)/.installed
+	@scripts/build-compiled $(BIN)/python
 
 demo: setup
 	$(BIN)/obdlab lab run experiments/quick.toml --report

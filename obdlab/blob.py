@@ -32,6 +32,20 @@ class LinkSpeed(Protocol):
     bytes_per_wait: float
 
 
+class Descriptor(Protocol):
+    """An open file's descriptor, not closed as long as this object lives."""
+
+    number: int
+
+
+class OpenFile(Protocol):
+    """A local file that its blob has open."""
+
+    @property
+    def descriptor(self) -> Descriptor | None:
+        """The descriptor; None once the blob is closed."""
+
+
 class ByteStream(Protocol):
     """A range of a blob, read forwards as it arrives, by one thread."""
 
@@ -71,6 +85,17 @@ class Blob(Closing):
         fewer bytes, or wrong ones.
         """
 
+    def read_into(self, offset: int, out: memoryview, call: Call | None = None) -> None:
+        """Fill ``out``, flat and writable bytes, with those from ``offset`` on: :meth:`read_at` without its copy.
+
+        By default by :meth:`read_at`, so that a wrapper need only override that. Raises as it does; ``out`` may hold
+        anything then.
+        """
+        data = self.read_at(offset, len(out), call)
+        if len(data) != len(out):
+            raise RuntimeError(f"read_at returned {len(data)} of {len(out)} bytes")
+        out[:] = data
+
     def map_range(self, begin: int, end: int) -> tuple[int, int]:
         """Return the range ``[begin, end)`` of the blob :attr:`below` that a read of this ``[begin, end)`` needs.
 
@@ -94,6 +119,13 @@ class Blob(Closing):
         None if this blob has no such requests: then use :meth:`read_at`. Raises as :meth:`read_at` does.
         """
         check_range(self, offset, length)
+        return None
+
+    def in_file(self) -> tuple[OpenFile, int] | None:
+        """Return the local file that holds these bytes as they are, and where; None if reads must come through here.
+
+        For readers that let compiled code read the file. A wrapper has None: it is there to see reads.
+        """
         return None
 
     @property

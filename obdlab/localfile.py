@@ -95,6 +95,14 @@ class LocalFile(Blob):
     def size(self) -> int:
         return self._size
 
+    @property
+    def descriptor(self) -> _Descriptor | None:
+        """The open file's descriptor; None after :meth:`close`. It stays open while the caller holds it."""
+        return self._file
+
+    def in_file(self) -> tuple[LocalFile, int] | None:
+        return (self, 0) if self._pread is os.pread else None  # else slow reads are logged
+
     def identity(self) -> str:
         """Return an identity of this very file, which also changes with its content. Raises SourceError."""
         file = self._open_file(0)

@@ -403,6 +403,29 @@ def test_any_range_is_read_and_nothing_outside(case: Case) -> None:
             case.blob.read_at(offset, length)
 
 
+def test_a_buffer_is_filled_with_the_same_bytes(case: Case) -> None:
+    for begin, end in ranges(case.blob.size):
+        out = bytearray(b"\xa5" * (end - begin + 2))
+        case.blob.read_into(begin, memoryview(out)[1:-1])
+        assert out[1:-1] == case.content[begin:end], (begin, end)
+        assert out[:1] == out[-1:] == b"\xa5"
+    for offset, length in outside(case.blob.size)[:3]:
+        with pytest.raises((OutOfRangeError, ObdlabError)):
+            case.blob.read_into(offset, memoryview(bytearray(length)))
+
+
+def test_a_wrapper_that_sees_reads_sees_those_into_buffers() -> None:
+    seen = []
+
+    class Seeing(Wrapper):
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            seen.append((offset, length))
+            return super().read_at(offset, length, call)
+
+    Seeing(MemoryBlob(CONTENT)).read_into(5, memoryview(bytearray(7)))
+    assert seen == [(5, 7)]
+
+
 def test_the_terms_of_a_call_reach_the_bottom(case: Case) -> None:
     call = Call(time.monotonic() + 1000, on_wait=list)
     if case.bottom is None:
@@ -410,6 +433,7 @@ def test_the_terms_of_a_call_reach_the_bottom(case: Case) -> None:
         return
     del case.bottom.calls[:]
     assert case.blob.read_at(0, case.blob.size, call) == case.content
+    case.blob.read_into(4096, memoryview(bytearray(4096)), call)
     with suppress(ObdlabError):
         case.blob.read_at(1, 100, call)
     assert case.bottom.calls

@@ -39,7 +39,7 @@ def add_packing_options(parser: argparse.ArgumentParser, *, plain: bool = True) 
         choices=range(1, 65),
         metavar="N",
         default=min(4, os.cpu_count() or 1),
-        help="threads that compress zstd, or LZ4 from 16 KiB; the output is the same (default: %(default)s)",
+        help="threads that compress (LZ4 below 16 KiB: with compiled code only); same output (default: %(default)s)",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from obdlab.layers.zfile import FITTING_BLOCK_SIZE, IncompressibleError, ZFileWr
 from obdlab.system.newfile import new_file
 
 if TYPE_CHECKING:
-    import os
     from collections.abc import Iterator
 
     from obdlab.blob import Buffer
@@ -33,6 +33,8 @@ log = logging.getLogger(__name__)
 #: Called with the number of further bytes done; negative if some must be done again.
 Progress = Callable[[int], object]
 T = TypeVar("T")
+#: Threads that compress, unless it is said otherwise: their number changes no byte.
+WORKERS = min(4, os.cpu_count() or 1)
 
 
 class PackingError(ObdlabError, code="packing"):
@@ -51,7 +53,7 @@ class Packing:
     algorithm: str = DEFAULT_ALGORITHM
     block_size: int = DEFAULT_BLOCK_SIZE
     tar: bool = False
-    workers: int = 1
+    workers: int = WORKERS
     rewrite_header: bool = True
     block_crcs: bool = True
     level: int = ZSTD_LEVEL

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, BinaryIO, cast
 
 from obdlab.layerfiles.writing import CountingSink, write_packed
@@ -47,14 +48,27 @@ def compress_stream(
 
 
 def extract(content: Blob, file: BinaryIO, *, sparse: bool, progress: Progress | None = None) -> None:
-    """Write all of ``content`` to ``file``. ``sparse`` leaves a hole for each 1 MiB of zeros; the file must seek."""
-    for offset in range(0, content.size, _STEP):
-        data = content.read_at(offset, min(_STEP, content.size - offset))
-        if sparse and not any(data):
-            file.seek(len(data), os.SEEK_CUR)
-        else:
-            file.write(data)
-        if progress is not None:
-            progress(len(data))
+    """Write all of ``content`` to ``file``. ``sparse`` leaves a hole for each 1 MiB of zeros; the file must seek.
+
+    Another thread reads and unpacks the next piece while one is written.
+    """
+    size = content.size
+
+    def read(offset: int) -> bytes:
+        return content.read_at(offset, min(_STEP, size - offset)) if offset < size else b""
+
+    zeros = bytes(_STEP)
+    with ThreadPoolExecutor(1, "extract") as ahead:
+        data, offset = read(0), 0
+        while data:
+            offset += len(data)
+            coming = ahead.submit(read, offset)
+            if sparse and data == (zeros if len(data) == _STEP else bytes(len(data))):
+                file.seek(len(data), os.SEEK_CUR)
+            else:
+                file.write(data)
+            if progress is not None:
+                progress(len(data))
+            data = coming.result()
     if sparse:
-        file.truncate(content.size)
+        file.truncate(size)

@@ -1,7 +1,8 @@
-/* Checks and unpacks the blocks of a ZFile that one read needs, in one call, without the interpreter's lock.
+/* Checks and unpacks the blocks of a ZFile that one read needs, and packs those of a batch, in one call each and
+ * without the interpreter's lock.
  *
- * Optional: obdlab/layers/native.py decides whether it is used. Decompression is liblz4's and libzstd's, loaded when
- * this module is: without a library its blocks are unpacked in Python. The stored bytes are hostile. Every bound is
+ * Optional: obdlab/layers/native.py decides whether it is used. Compression is liblz4's and libzstd's, loaded when
+ * this module is: without a library Python does its work. The stored bytes are hostile. Every bound is
  * checked here, a decompressor gets the exact room it may fill, and a read is answered only if each block in it has
  * the right CRC and length; otherwise the answer is None, and the caller looks for the damage block by block.
  */
@@ -10,18 +11,24 @@
 #include <dlfcn.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #if !defined(__x86_64__)
 #error "the CRC instruction of x86-64 is needed; other processors use Python"
 #endif
 
 enum { LZ4 = 1, ZSTD = 2, CRC_SIZE = 4, SEED = 100007, CONTEXTS = 16 };
+/* Room beyond a block's size that the original gives LZ4, which decides about its bytes: layout.MAX_GROWTH. */
+#define MAX_GROWTH 512
 /* Largest block a ZFile may have: layout.MAX_BLOCK_SIZE. */
 #define MOST_BLOCK (64u << 10)
+/* Most stored bytes of one read of a file: zfile_reader.MAX_RUN. */
+#define MOST_RUN (1u << 20)
 /* Content below this is unpacked with the lock held: giving it away and taking it back costs more. */
 #define RELEASED_FROM (32 << 10)
 
 static int (*lz4_decompress)(const char *, char *, int, int);
+static int (*lz4_compress)(const char *, char *, int, int);
 static void *(*zstd_context)(void);
 static size_t (*zstd_free)(void *);
 static size_t (*zstd_decompress)(void *, void *, size_t, const void *, size_t);
@@ -130,40 +137,185 @@ static int unpack(const Unpacker *self, void *context, const char *stored, size_
     return 1;
 }
 
-/* Unpacker(offsets, block_size, size, algorithm, checked)(stored, offset, length) -> bytes, or None */
-static PyObject *call(PyObject *object, PyObject *const *args, Py_ssize_t count) {
-    Unpacker *self = (Unpacker *)object;
-    Py_buffer stored;
-    if (count != 3) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 3", count);
-    const unsigned long long offset = PyLong_AsUnsignedLongLong(args[1]);
-    const unsigned long long length = PyLong_AsUnsignedLongLong(args[2]);
-    if (PyErr_Occurred()) return NULL;
-    if (!length || length > self->size || offset > self->size - length || length > PY_SSIZE_T_MAX / 2) {
-        PyErr_SetString(PyExc_ValueError, "the range is not inside the content");
-        return NULL;
-    }
-    if (PyObject_GetBuffer(args[0], &stored, PyBUF_SIMPLE) < 0) return NULL;
-    PyObject *out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)length);
-    const int parts = offset % self->block_size || (offset + length) % self->block_size;
-    char *scratch = parts ? PyMem_RawMalloc(self->block_size) : NULL;
-    void *context = NULL;
-    if (self->algorithm == ZSTD) context = idle_count ? idle[--idle_count] : zstd_context();
-    int good = 0, lacking = !out || (parts && !scratch) || (self->algorithm == ZSTD && !context);
-    if (!lacking) {
-        PyThreadState *state = length >= RELEASED_FROM ? PyEval_SaveThread() : NULL;
-        good = unpack(self, context, stored.buf, (size_t)stored.len, offset, length, PyBytes_AS_STRING(out), scratch);
-        if (state) PyEval_RestoreThread(state);
-    }
+/* Return 1 if the range is a part of the content; else 0 with an exception. */
+static int inside(const Unpacker *self, uint64_t offset, uint64_t length) {
+    if (length && length <= self->size && offset <= self->size - length && length <= PY_SSIZE_T_MAX / 2) return 1;
+    PyErr_SetString(PyExc_ValueError, "the range is not inside the content");
+    return 0;
+}
+
+static void *take_context(const Unpacker *self) {
+    if (self->algorithm != ZSTD) return NULL;
+    return idle_count ? idle[--idle_count] : zstd_context();
+}
+
+static void give_context(void *context) {
     if (context && idle_count < CONTEXTS)
         idle[idle_count++] = context;
     else if (context)
         zstd_free(context);
+}
+
+/* Unpack into `out`, letting go of the interpreter's lock if that pays. Returns 1, 0 for damage, -1 with an exception. */
+static int fill(Unpacker *self, PyObject *from, uint64_t offset, uint64_t length, char *out) {
+    Py_buffer stored;
+    if (!inside(self, offset, length) || PyObject_GetBuffer(from, &stored, PyBUF_SIMPLE) < 0) return -1;
+    const int parts = offset % self->block_size || (offset + length) % self->block_size;
+    char *scratch = parts ? PyMem_RawMalloc(self->block_size) : NULL;
+    void *context = take_context(self);
+    int good = 0, lacking = (parts && !scratch) || (self->algorithm == ZSTD && !context);
+    if (!lacking) {
+        PyThreadState *state = length >= RELEASED_FROM ? PyEval_SaveThread() : NULL;
+        good = unpack(self, context, stored.buf, (size_t)stored.len, offset, length, out, scratch);
+        if (state) PyEval_RestoreThread(state);
+    }
+    give_context(context);
     PyMem_RawFree(scratch);
     PyBuffer_Release(&stored);
-    if (good) return out;
+    if (lacking) PyErr_NoMemory();
+    return lacking ? -1 : good;
+}
+
+/* The same of a file in which the stored bytes begin at `start`. Returns 0 also if they cannot be read at once. */
+static int fill_from(Unpacker *self, int fd, uint64_t start, uint64_t offset, uint64_t length, char *out) {
+    if (!inside(self, offset, length)) return -1;
+    const uint64_t base = offset_of(self, offset / self->block_size);
+    const uint64_t end = offset_of(self, (offset + length - 1) / self->block_size + 1);
+    if (end <= base || end - base > MOST_RUN || start > INT64_MAX / 2 || end > INT64_MAX / 2) return 0;
+    const size_t size = (size_t)(end - base);
+    char *stored = PyMem_RawMalloc(size + self->block_size);
+    void *context = take_context(self);
+    int good = 0, lacking = !stored || (self->algorithm == ZSTD && !context);
+    if (!lacking) {
+        PyThreadState *state = PyEval_SaveThread();
+        good = pread(fd, stored, size, (off_t)(start + base)) == (ssize_t)size &&
+               unpack(self, context, stored, size, offset, length, out, stored + size);
+        PyEval_RestoreThread(state);
+    }
+    give_context(context);
+    PyMem_RawFree(stored);
+    if (lacking) PyErr_NoMemory();
+    return lacking ? -1 : good;
+}
+
+/* Unpacker.read(stored, offset, length) -> bytes, or None */
+static PyObject *read_bytes(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 3", count);
+    const unsigned long long offset = PyLong_AsUnsignedLongLong(args[1]);
+    const unsigned long long length = PyLong_AsUnsignedLongLong(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    /* Longer than the content: refused by fill(), which then writes nothing. */
+    const uint64_t room = length <= ((Unpacker *)object)->size ? length : 0;
+    PyObject *out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
+    const int good = out ? fill((Unpacker *)object, args[0], offset, length, PyBytes_AS_STRING(out)) : -1;
+    if (good > 0) return out;
     Py_XDECREF(out);
-    if (lacking) return PyErr_NoMemory();
+    if (good < 0) return NULL;
     Py_RETURN_NONE;
+}
+
+/* Unpacker.read_into(stored, offset, out) -> True, or False */
+static PyObject *read_into(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    Py_buffer out;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 3", count);
+    const unsigned long long offset = PyLong_AsUnsignedLongLong(args[1]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[2], &out, PyBUF_WRITABLE) < 0) return NULL;
+    const int good = fill((Unpacker *)object, args[0], offset, (uint64_t)out.len, out.buf);
+    PyBuffer_Release(&out);
+    return good < 0 ? NULL : PyBool_FromLong(good);
+}
+
+/* Unpacker.pread(fd, start, offset, length) -> bytes, or None */
+static PyObject *pread_bytes(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    if (count != 4) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 4", count);
+    const long fd = PyLong_AsLong(args[0]);
+    const unsigned long long start = PyLong_AsUnsignedLongLong(args[1]);
+    const unsigned long long offset = PyLong_AsUnsignedLongLong(args[2]);
+    const unsigned long long length = PyLong_AsUnsignedLongLong(args[3]);
+    if (PyErr_Occurred()) return NULL;
+    const uint64_t room = length <= ((Unpacker *)object)->size ? length : 0;
+    PyObject *out = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room);
+    const int good = out ? fill_from((Unpacker *)object, (int)fd, start, offset, length, PyBytes_AS_STRING(out)) : -1;
+    if (good > 0) return out;
+    Py_XDECREF(out);
+    if (good < 0) return NULL;
+    Py_RETURN_NONE;
+}
+
+/* Unpacker.pread_into(fd, start, offset, out) -> True, or False */
+static PyObject *pread_into(PyObject *object, PyObject *const *args, Py_ssize_t count) {
+    Py_buffer out;
+    if (count != 4) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 4", count);
+    const long fd = PyLong_AsLong(args[0]);
+    const unsigned long long start = PyLong_AsUnsignedLongLong(args[1]);
+    const unsigned long long offset = PyLong_AsUnsignedLongLong(args[2]);
+    if (PyErr_Occurred() || PyObject_GetBuffer(args[3], &out, PyBUF_WRITABLE) < 0) return NULL;
+    const int good = fill_from((Unpacker *)object, (int)fd, start, offset, (uint64_t)out.len, out.buf);
+    PyBuffer_Release(&out);
+    return good < 0 ? NULL : PyBool_FromLong(good);
+}
+
+/* Compress every `block_size` bytes into `out`, each followed by its CRC if `checked`. Returns the length of all, 0 if
+ * the library refuses a block. */
+static size_t pack(const char *data, size_t size, uint32_t block_size, int checked, char *out, uint32_t *lengths) {
+    const size_t crc_size = checked ? CRC_SIZE : 0;
+    const char *at[3];
+    size_t length[3], filled = 0, blocks = 0;
+    for (size_t begin = 0; begin < size; begin += block_size) {
+        const size_t left = size - begin, content = left < block_size ? left : block_size;
+        const int got = lz4_compress(data + begin, out + filled, (int)content, (int)(content + MAX_GROWTH));
+        if (got <= 0) return 0;
+        at[blocks % 3] = out + filled;
+        length[blocks % 3] = (size_t)got;
+        lengths[blocks++] = (uint32_t)(got + crc_size);
+        filled += (size_t)got + crc_size;
+        const int waiting = (int)((blocks - 1) % 3) + 1; /* blocks without their CRC */
+        if (!checked || (waiting < 3 && left > block_size)) continue;
+        uint32_t crc[3];
+        for (int i = waiting; i < 3; i++) at[i] = at[0], length[i] = 0;
+        crc_three(at, length, crc);
+        for (int i = 0; i < waiting; i++) memcpy((char *)at[i] + length[i], &crc[i], CRC_SIZE);
+    }
+    return filled;
+}
+
+/* store(data, block_size, checked) -> (bytes, lengths), or None if the library refuses a block */
+static PyObject *store(PyObject *module, PyObject *const *args, Py_ssize_t count) {
+    (void)module;
+    Py_buffer data;
+    if (count != 3) return PyErr_Format(PyExc_TypeError, "got %zd arguments, wanted 3", count);
+    const long block_size = PyLong_AsLong(args[1]);
+    const int checked = PyObject_IsTrue(args[2]);
+    if (PyErr_Occurred()) return NULL;
+    if (!lz4_compress || block_size <= 0 || block_size > (long)MOST_BLOCK) {
+        PyErr_SetString(PyExc_ValueError, lz4_compress ? "block size out of bounds" : "no library for this compression");
+        return NULL;
+    }
+    if (PyObject_GetBuffer(args[0], &data, PyBUF_SIMPLE) < 0) return NULL;
+    const size_t size = (size_t)data.len, blocks = size / block_size + (size % block_size != 0);
+    uint32_t *lengths = PyMem_RawMalloc(blocks * sizeof *lengths + 1);
+    char *room = PyMem_RawMalloc(size + blocks * (MAX_GROWTH + CRC_SIZE) + 1);
+    PyObject *answer = NULL, *out = NULL, *list = NULL;
+    size_t filled = 0;
+    if (lengths && room) {
+        PyThreadState *state = size >= RELEASED_FROM ? PyEval_SaveThread() : NULL;
+        filled = pack(data.buf, size, (uint32_t)block_size, checked, room, lengths);
+        if (state) PyEval_RestoreThread(state);
+        if (!filled && size) {
+            answer = Py_NewRef(Py_None);
+        } else if ((out = PyBytes_FromStringAndSize(room, (Py_ssize_t)filled)) && (list = PyList_New((Py_ssize_t)blocks))) {
+            for (size_t i = 0; i < blocks; i++) PyList_SET_ITEM(list, (Py_ssize_t)i, PyLong_FromUnsignedLong(lengths[i]));
+            if (!PyErr_Occurred()) answer = PyTuple_Pack(2, out, list);
+        }
+        Py_XDECREF(out);
+        Py_XDECREF(list);
+    } else {
+        PyErr_NoMemory();
+    }
+    PyMem_RawFree(room);
+    PyMem_RawFree(lengths);
+    PyBuffer_Release(&data);
+    return answer;
 }
 
 static PyObject *create(PyTypeObject *type, PyObject *args, PyObject *named) {
@@ -207,12 +359,19 @@ static void destroy(PyObject *object) {
 }
 
 static PyMethodDef methods[] = {
-    {"read", (PyCFunction)(void (*)(void))call, METH_FASTCALL, "Return bytes of the content, or None if damaged."},
+    {"read", (PyCFunction)(void (*)(void))read_bytes, METH_FASTCALL, "Return bytes of the content, or None if damaged."},
+    {"pread", (PyCFunction)(void (*)(void))pread_bytes, METH_FASTCALL, "The same, of a file."},
+    {"pread_into", (PyCFunction)(void (*)(void))pread_into, METH_FASTCALL, "Fill a buffer from a file."},
+    {"read_into", (PyCFunction)(void (*)(void))read_into, METH_FASTCALL, "Fill a buffer; False if damaged."},
     {NULL, NULL, 0, NULL},
 };
 static PyType_Slot slots[] = {{Py_tp_new, create}, {Py_tp_dealloc, destroy}, {Py_tp_methods, methods}, {0, NULL}};
 static PyType_Spec spec = {"obdlab.layers._blocks.Unpacker", sizeof(Unpacker), 0, Py_TPFLAGS_DEFAULT, slots};
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_blocks", NULL, -1, NULL, NULL, NULL, NULL, NULL};
+static PyMethodDef functions[] = {
+    {"store", (PyCFunction)(void (*)(void))store, METH_FASTCALL, "Return LZ4 blocks as a ZFile stores them."},
+    {NULL, NULL, 0, NULL},
+};
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_blocks", NULL, -1, functions, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__blocks(void) {
     if (!__builtin_cpu_supports("sse4.2")) {
@@ -220,7 +379,12 @@ PyMODINIT_FUNC PyInit__blocks(void) {
         return NULL;
     }
     void *library = dlopen("liblz4.so.1", RTLD_NOW | RTLD_LOCAL);
-    if (library) *(void **)&lz4_decompress = dlsym(library, "LZ4_decompress_safe");
+    int (*lz4_version)(void) = NULL;
+    if (library) {
+        *(void **)&lz4_decompress = dlsym(library, "LZ4_decompress_safe");
+        *(void **)&lz4_compress = dlsym(library, "LZ4_compress_default");
+        *(void **)&lz4_version = dlsym(library, "LZ4_versionNumber");
+    }
     library = dlopen("libzstd.so.1", RTLD_NOW | RTLD_LOCAL);
     if (library) {
         *(void **)&zstd_context = dlsym(library, "ZSTD_createDCtx");
@@ -234,6 +398,7 @@ PyMODINIT_FUNC PyInit__blocks(void) {
                                            zstd_decompress ? Py_True : Py_False)
                            : NULL;
     if (!found || PyModule_AddObjectRef(module, "Unpacker", type) < 0 ||
+        PyModule_AddIntConstant(module, "LZ4_VERSION", lz4_compress && lz4_version ? lz4_version() : 0) < 0 ||
         PyModule_AddObjectRef(module, "LIBRARIES", found) < 0)
         Py_CLEAR(module);
     Py_XDECREF(type);

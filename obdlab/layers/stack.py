@@ -78,6 +78,7 @@ class Stack(Blob):
         self._find = self.index.find
         self._sources, self._shifts = self.index.sources, self.index.shifts
         self._reads: tuple[ReadAt, ...] = tuple(blob.read_at for blob in self.blobs)
+        self._fills = tuple(blob.read_into for blob in self.blobs)
         #: True while :meth:`watch` is on.
         self.watched = False
 
@@ -115,6 +116,16 @@ class Stack(Blob):
         if len(runs) == 1 and runs[0][2] < 0:
             return zeros(length)
         return self._gather(runs, offset, end, call)
+
+    def read_into(self, offset: int, out: memoryview, call: Call | None = None) -> None:
+        length = len(out)
+        end = offset + length
+        if offset >= 0 and length > 0 and end <= self._size and not self.watched:
+            i = self._find(offset >> _SHIFT, (end + _MASK) >> _SHIFT)
+            if i >= 0 and self._sources[i] >= 0:
+                self._fills[self._sources[i]](offset + (self._shifts[i] << _SHIFT), out, call)
+                return
+        out[:] = self.read_at(offset, length, call)
 
     def _gather(self, runs: list[Run], offset: int, end: int, call: Call | None) -> bytes:
         # Several runs as one answer. Packed files hold their data in disk order, so runs of one layer with only zeros

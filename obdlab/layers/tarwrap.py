@@ -18,7 +18,7 @@ from obdlab.formats.tar import (
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from obdlab.blob import Buffer
+    from obdlab.blob import Buffer, OpenFile
     from obdlab.call import Call
     from obdlab.layers.sink import SeekableSink
 
@@ -67,6 +67,10 @@ class WrappedContent(Blob):
         if offset < 0 or length < 0 or offset + length > self._size:
             check_range(self, offset, length)
         return self.below.read_at(self._offset + offset, length, call)
+
+    def in_file(self) -> tuple[OpenFile, int] | None:
+        found = self.below.in_file()
+        return None if found is None else (found[0], found[1] + self._offset)
 
     def map_range(self, begin: int, end: int) -> tuple[int, int]:
         check_range(self, begin, end - begin)

@@ -71,6 +71,10 @@ class ZFileReader(Blob):
         self._crc_size = CRC_SIZE if self.header.verify else 0
         native = unpacker(self._offsets, self.header)
         self._unpack = None if native is None else native.read
+        self._unpack_into = None if native is None else native.read_into
+        # Compiled code reads a local file itself.
+        found = None if native is None else blob.in_file()
+        self._from_file = None if native is None or found is None else (native.pread, native.pread_into, *found)
 
     @property
     def size(self) -> int:
@@ -89,6 +93,13 @@ class ZFileReader(Blob):
         if offset < 0 or length <= 0 or end > self._size:
             check_range(self, offset, length)
             return b""
+        if self._from_file is not None:
+            pread, _, file, start = self._from_file
+            held = file.descriptor  # until the read is over
+            content = None if held is None else pread(held.number, start, offset, length)
+            if content is not None:
+                return content
+            # Closed, damaged, or too long: found below.
         first = offset // block_size
         last = (end - 1) // block_size
         if self._unpack is not None:
@@ -124,6 +135,21 @@ class ZFileReader(Blob):
         with out.getbuffer() as view:
             self._fill(view, offset, first, last + 1, call)
         return out.getvalue()
+
+    def read_into(self, offset: int, out: memoryview, call: Call | None = None) -> None:
+        end = offset + len(out)
+        if self._unpack_into is not None and 0 <= offset < end <= self._size:
+            if self._from_file is not None:
+                _, pread_into, file, start = self._from_file
+                held = file.descriptor
+                if held is not None and pread_into(held.number, start, offset, out):
+                    return
+            offsets = self._offsets
+            begin = offsets[offset // self._block_size]
+            run = offsets[(end - 1) // self._block_size + 1] - begin
+            if run <= MAX_RUN and self._unpack_into(self._read_stored(begin, run, call), offset, out):
+                return
+        out[:] = self.read_at(offset, len(out), call)
 
     def _read_in_parts(self, offset: int, length: int, call: Call | None) -> bytes:
         # Halves of a read whose stored bytes are more than MAX_RUN, parted where a block begins.

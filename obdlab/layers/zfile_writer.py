@@ -19,6 +19,7 @@ from obdlab.formats.zfile.layout import (
     Flags,
     ZFileHeader,
 )
+from obdlab.layers.native import packer
 from obdlab.layers.sink import can_seek
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class ZFileWriter:
     ``overwrite_header`` the header of a seekable sink is rewritten at the end, so that readers need not read the
     trailer; other sinks keep the first header, as uploads of the original do. ``verify=False`` leaves out the block
     CRCs. If ``workers`` is more than one, that many threads compress while the caller continues to read and write;
-    the bytes are the same. LZ4 blocks of less than 16 KiB take so little time that threads would mostly wait for each
-    other: the calling thread compresses them alone.
+    the bytes are the same. Without compiled code (:mod:`obdlab.layers.native`) LZ4 blocks of less than 16 KiB take so
+    little time that threads would mostly wait for each other: the calling thread compresses them alone.
 
     Only :meth:`close` makes the file readable: leaving a ``with`` block by an exception does not close it. The sink
     stays open, at the end of the file.
@@ -79,12 +80,13 @@ class ZFileWriter:
             raise ZFileWriteError(f"block size is not a power of two from 4096 to 65536 (got {block_size})")
         self._sink = sink
         self._codec = codec_for(algorithm, level=level)
+        self._pack = packer(self._codec.algorithm)
         self._block_size = block_size
         self._crc = verify
         self._rewritable = sink if overwrite_header and can_seek(sink) else None
         self._start = self._rewritable.tell() if self._rewritable else 0
         self._rest = bytearray()  # input shorter than a batch
-        gains = block_size >= self._codec.threads_from
+        gains = self._pack is not None or block_size >= self._codec.threads_from
         self._threads = ThreadPoolExecutor(workers, "zfile-writer") if workers > 1 and gains else None
         self._pending: deque[Future[_Batch]] = deque()
         self._most_pending = _AHEAD * workers
@@ -199,6 +201,9 @@ class ZFileWriter:
 
     def _compress(self, data: memoryview) -> _Batch:
         # Runs in any thread.
+        batch = self._pack(data, self._block_size, self._crc) if self._pack is not None else None
+        if batch is not None:
+            return batch
         return self._codec.store(data, self._block_size, crcs=self._crc)
 
     def _store(self, batch: _Batch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,10 @@ from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack, zeros
 from obdlab.layers.upper import SparseUpper
 from tests.layers.lsmt_samples import Extent, Watched, layer, sealed_bytes
+
+if TYPE_CHECKING:
+    from obdlab.call import Call
+    from obdlab.layers.stack import ReadAt
 
 DISK_SECTORS = 61  # ends inside a 4 KiB block
 DISK = DISK_SECTORS * 512
@@ -107,6 +112,27 @@ def test_runs_that_continue_each_other_are_one_read() -> None:
     assert stack.read_at(100, 20 * 512 - 100) == disk[100 : 20 * 512]
     assert watched.reads == [(4196, 10 * 512 - 100), (4096 + 11 * 512, 5 * 512)]
     assert top.reads == [(4096, 512)]
+
+
+def test_a_buffer_is_filled_by_the_layer_unless_the_stack_is_watched() -> None:
+    seen = []
+    stack = Stack([layer([(0, 8, False)], DISK)])
+
+    def around(number: int, read: ReadAt) -> ReadAt:
+        def watched(offset: int, length: int, call: Call | None) -> bytes:
+            seen.append((number, offset, length))
+            return read(offset, length, call)
+
+        return watched
+
+    filled = []
+    for watch in (None, around, None):
+        stack.watch(watch)
+        out = bytearray(1024)
+        stack.read_into(512, memoryview(out))
+        filled.append(bytes(out))
+    assert filled == [stack.read_at(512, 1024)] * 3
+    assert seen == [(0, 4096 + 512, 1024)]
 
 
 def test_a_single_run_is_handed_on_uncopied() -> None:

@@ -70,6 +70,17 @@ def test_a_flipped_bit_gives_an_error_or_does_not_matter(data: bytes, draw: st.D
 
 
 @checked
+def test_damage_is_found_when_a_buffer_is_filled(data: bytes) -> None:
+    damaged = flip(data, 8 * 700)
+    healing = open_zfile(CachingBlob(damaged, data))
+    out = bytearray(len(SOURCE))
+    healing.read_into(0, memoryview(out))
+    assert out == SOURCE
+    with pytest.raises(CorruptBlobError, match="layer"):
+        open_zfile(MemoryBlob(damaged, "layer")).read_into(0, memoryview(out))
+
+
+@checked
 def test_a_flipped_bit_in_every_block_and_its_crc(data: bytes) -> None:
     reader = open_zfile(MemoryBlob(data))
     offsets = reader._table.boundaries(0, reader.header.index_size)

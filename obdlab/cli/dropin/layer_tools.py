@@ -161,7 +161,9 @@ def _packing(values: argparse.Namespace) -> Packing:
         if values.algorithm or values.bs:
             print("WARNING option '--bs' and '--algorithm' will be ignored without '-z'", file=sys.stderr)
         return Packing("")  # the original leaves out the tar, too
-    return packing_of(values.algorithm or "lz4", values.bs or 4, tar=values.t, workers=values.compress_threads or 1)
+    # Without the option, 1 in the original, as many as elsewhere: the bytes are the same.
+    more = {"workers": values.compress_threads} if values.compress_threads > 1 else {}
+    return packing_of(values.algorithm or "lz4", values.bs or 4, tar=values.t, **more)
 
 
 def _commit_turbo(values: argparse.Namespace, output: str) -> str:

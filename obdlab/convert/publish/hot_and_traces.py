@@ -6,7 +6,6 @@ The first two make another image, with one more layer; the third does not change
 from __future__ import annotations
 
 import io
-import os
 import tempfile
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 # levels of zstd compress better: this level, the highest without great need of memory, gives 11 % less than level 3,
 # at a 70th of the speed, once. (Blocks of 64 KiB that do not compress have no room in the original's reader.)
 HOT_LEVEL = 19
-HOT_PACKING = Packing("zstd", 32 << 10, tar=True, workers=min(4, os.cpu_count() or 1), level=HOT_LEVEL)
+HOT_PACKING = Packing("zstd", 32 << 10, tar=True, level=HOT_LEVEL)
 _PLACE = "/var/tmp"
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from struct import Struct
+from operator import add
+from struct import Struct, unpack_from
 from typing import TYPE_CHECKING
 
 from obdlab.errors import DeviceError
@@ -199,8 +200,12 @@ class Ring:
     def _iovecs(self, at: int, length: int, count: int) -> Iovecs | None:
         if count > (length - IOVECS_AT) // IOVEC.size:
             return None
-        found = tuple(IOVEC.unpack_from(self.memory, at + IOVECS_AT + IOVEC.size * n) for n in range(count))
-        return found if all(self._data <= begin and begin + size <= self._size for begin, size in found) else None
+        # Many at once: a request of 128 KiB may come with 32.
+        numbers = unpack_from(f"={2 * count}Q", self.memory, at + IOVECS_AT)
+        begins, sizes = numbers[::2], numbers[1::2]
+        if count and (min(begins) < self._data or max(map(add, begins, sizes)) > self._size):
+            return None
+        return tuple(zip(begins, sizes, strict=True))
 
     def _cdb(self, at: int) -> bytes:
         cdb = bytes(self.memory[at : at + _CDB_MOST])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import mmap
 import os
 import select
@@ -43,7 +44,7 @@ class KernelRing:
         self.memory = mmap.mmap(-1, self.data + data_pages * PAGE)
         ring.MAILBOX.pack_into(self.memory, 0, ring.VERSION, ring.FLAG_OUT_OF_ORDER | 2, self.offset, ring_size, 0)
         # The kernel's ring begins behind the mailbox and ends where the data does: in these there is a gap.
-        self.free = [self.data + PAGE * n for n in reversed(range(data_pages))]
+        self.free = [self.data + PAGE * n for n in range(data_pages)]  # a heap: the lowest is given out first
         self.head = self.cleaned = 0
         self.next_id = 1
         self.outstanding: dict[int, tuple[list[tuple[int, int]], bool]] = {}
@@ -78,7 +79,7 @@ class KernelRing:
     ) -> int:
         """Place a command with data out or room for data in; return its number. :meth:`publish` hands it over."""
         size = len(data) or room
-        pages = [self.free.pop() for _ in range(-(-size // PAGE))]
+        pages = [heapq.heappop(self.free) for _ in range(-(-size // PAGE))]
         pieces = [(page, min(PAGE, size - PAGE * n)) for n, page in enumerate(pages)]
         if not scattered:
             pieces = _merged(pieces)
@@ -123,7 +124,8 @@ class KernelRing:
             pieces, wants_data = self.outstanding.pop(cmd_id)  # KeyError: the kernel would call the ring broken
             content = b"".join(self.memory[begin : begin + length] for begin, length in pieces)
             for begin, length in pieces:
-                self.free += [begin + PAGE * n for n in range(-(-length // PAGE))]
+                for n in range(-(-length // PAGE)):
+                    heapq.heappush(self.free, begin + PAGE * n)
             status, sense = self.memory[at + 8], self.memory[at + 16 : at + 16 + 18]
             short = struct.unpack_from("=I", self.memory, at + 12)[0] if uflags & ring.UFLAG_READ_LENGTH else None
             code = (sense[2], sense[12] << 8 | sense[13]) if status == 2 else None
