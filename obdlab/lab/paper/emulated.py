@@ -65,11 +65,11 @@ def _flat(results: Results) -> Outcome:
     control, _ = _fair(results.rows(q.SWARM, topology=_DIRECT, caches="cold"))
     found, without = growth(rows), growth(control)
     if found is None:
-        return Outcome(Verdict.NOT_MEASURED, runs=(q.SWARM,))
+        return _too_busy(left_out, q.SWARM)
     hosts = sorted({int(row["hosts"]) for row in rows})
     words = f"from {hosts[0]} to {hosts[-1]} hosts a doubling adds {_told(found)} of a start"
     words += f"; without peers {_told(without)}" if without is not None else ""
-    words += f"; {left_out} rows with processors busier than {MOST_BUSY:.0%} left out" if left_out else ""
+    words += f"; {_left_out(left_out)}" if left_out else ""
     rises = without is not None and without.interval(0.95)[0] > FLAT
     trust = f"{confidence(min(_counts(rows)), [*rows, *control])}, {_BASIS}"
     verdict, p = Verdict.UNCLEAR, max(found.p(-FLAT), found.p(FLAT))
@@ -79,6 +79,17 @@ def _flat(results: Results) -> Outcome:
     elif p <= ALPHA and rises and hosts[-1] >= MOST_HOSTS:
         verdict = Verdict.REPRODUCED
     return Outcome(verdict, words, "", trust, (q.SWARM,), len(rows) + len(control), p)
+
+
+def _left_out(count: int) -> str:
+    return f"{count} rows of numbers of hosts with processors busier than {MOST_BUSY:.0%} left out"
+
+
+def _too_busy(left_out: int, run: q.Run) -> Outcome:
+    if not left_out:
+        return Outcome(Verdict.NOT_MEASURED, runs=(run,))
+    words = f"the processors decided, not the links: {_left_out(left_out)}"
+    return Outcome(Verdict.UNCLEAR, words, "", f"low, {_BASIS}", (run,), left_out)
 
 
 def _counts(rows: Sequence[Row]) -> list[int]:
@@ -101,11 +112,13 @@ def _origin(results: Results) -> Outcome:
 
 
 def _slowest(results: Results) -> Outcome:
-    rows, _ = _fair(results.rows(q.SWARM, topology=_PEERS, caches="cold"))
+    rows, left_out = _fair(results.rows(q.SWARM, topology=_PEERS, caches="cold"))
     most = max((int(row["hosts"]) for row in rows), default=1)
     many, one = ([row for row in rows if row["hosts"] == hosts] for hosts in (most, 1))
+    if most == 1 or not one:
+        return _too_busy(left_out, q.SWARM)
     outcome = of_ratio(
-        ratio(many, one, "slowest_s") if most > 1 else None,
+        ratio(many, one, "slowest_s"),
         what=f"the slowest of {most} hosts against a single one",
         paper="",
         below=SLOWEST,
@@ -117,7 +130,10 @@ def _slowest(results: Results) -> Outcome:
 
 
 def _from_peers(results: Results) -> Outcome:
-    peers, direct = (results.rows(q.FROM_PEERS, topology=name, hosts=1) for name in ("rooted", _DIRECT))
+    fair, left_out = _fair(results.rows(q.FROM_PEERS, hosts=1))
+    peers, direct = ([row for row in fair if row["topology"] == name] for name in ("rooted", _DIRECT))
+    if not fair:
+        return _too_busy(left_out, q.FROM_PEERS)
     outcome = of_ratio(
         ratio(peers, direct, "median_s"),
         what="from a root that holds the image against from the registry",

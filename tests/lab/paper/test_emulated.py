@@ -71,8 +71,16 @@ def test_numbers_of_hosts_with_a_row_of_busy_processors_decide_nothing(tmp_path:
     # 16 hosts do not prove the claim on 32, and may refute it.
     assert found.verdict is U
     assert found.measured.startswith("from 1 to 16 hosts")
-    assert "3 rows with processors busier than 70% left out" in found.measured
+    assert "3 rows of numbers of hosts with processors busier than 70% left out" in found.measured
     assert outcome(tmp_path, "batch-slowest", busy).verdict is U
+    for key in ("batch-start", "batch-slowest"):
+        found = outcome(tmp_path, key, lambda row: {"links_decide": False})
+        assert (found.verdict, found.rows) == (U, 18)
+        assert found.measured.startswith("the processors decided, not the links: 18 rows")
+    found = outcome(tmp_path, "cold-start-p2p", lambda row: {"links_decide": row["repeat"] > 0})
+    assert (found.verdict, found.rows) == (U, 6)
+    # Bytes do not depend on processors.
+    assert outcome(tmp_path, "batch-origin", lambda row: {"links_decide": False}).verdict is R
     steep = outcome(tmp_path, "batch-start", lambda row: {**rising(0.2)(row), "links_decide": row["hosts"] < 32})
     assert steep.verdict is N
 
