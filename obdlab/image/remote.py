@@ -166,14 +166,17 @@ class RemoteLayers:
             blob.close()
             raise
 
+    @property
+    def keeps_content(self) -> bool:
+        """True if the settings have the cache keep decompressed content."""
+        return self._settings.cache_decompressed
+
     def cache_content(self, target: SpannedTarget, digest: str) -> Blob:
-        """Return the content of a ``target``, the blob ``digest``, through the cache if the settings keep content.
+        """Return the content of a ``target``, the blob ``digest``, through the cache, as for :attr:`keeps_content`.
 
         It belongs to the result. The content depends on the index as well, which may come from any image: content is
         shared by images of the same index alone. Raises SourceError if the index cannot be read.
         """
-        if not self._settings.cache_decompressed:
-            return target
         made_of = hashlib.sha256(f"{digest} {target.index_digest()}".encode()).hexdigest()
         blob = self._contents.open(target, f"sha256:{made_of}")
         if isinstance(blob, CachedBlob):

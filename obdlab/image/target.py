@@ -33,17 +33,20 @@ def open_target(
 
     The target is the local ``target_file``, or else the blob ``target_digest`` of the image's repository, which
     ``remote`` opens. Decompressed spans are kept in ``spans``. With ``verify`` content is checked by the lower's file
-    of sums, if it names one. ``around`` gets the joints "origin" (of a local file)
-    and "target". Raises FormatError if the target does not fit the lower's gzip index, or is compressed and the lower
-    names no index; SourceError if a file or the registry cannot be read.
+    of sums, if it names one. ``around`` gets the joints "origin" (of a local file) and "target". Raises FormatError
+    if the target does not fit the lower's gzip index, or is compressed and the lower names no index; SourceError if a
+    file or the registry cannot be read.
     """
     if not lower.target_file and not lower.target_digest:
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
-    blob, identity = _open_stored(lower, remote, around, checked=verify and bool(lower.tar_sums))
+    checked = verify and bool(lower.tar_sums)
+    blob, identity = _open_stored(lower, remote, around, checked=checked)
     try:
-        blob = uncompressed_target(blob, lower.gzip_index, spans)
-        if remote is not None and not lower.target_file and isinstance(blob, SpannedTarget):
-            blob = remote.cache_content(blob, lower.target_digest)
+        cache = remote if remote is not None and not lower.target_file and remote.keeps_content else None
+        # Images without sums share the content that is kept.
+        blob = uncompressed_target(blob, lower.gzip_index, spans, checked_above=checked and cache is None)
+        if cache is not None and isinstance(blob, SpannedTarget):
+            blob = cache.cache_content(blob, lower.target_digest)
         if verify:
             blob = summed(blob, lower, spans)
         return around("target", blob), identity
@@ -94,20 +97,21 @@ def check_target_size(name: str, size: int, lower: LowerConfig) -> None:
         )
 
 
-def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache) -> Blob:
+def uncompressed_target(blob: Blob, gzip_index: str, spans: SpanCache, *, checked_above: bool = False) -> Blob:
     """Return the content of a target's ``blob``, by the index file ``gzip_index`` if it is not empty.
 
-    If the beginning of the blob is wrong, it is read once more past caches and mirrors. The blob then belongs to the
-    result, unless this raises: FormatError, CorruptBlobError or SourceError.
+    ``checked_above``: as :class:`obdlab.layers.spannedtarget.SpannedTarget` has it. If the beginning of the blob is
+    wrong, it is read once more past caches and mirrors. The blob then belongs to the result, unless this raises:
+    FormatError, CorruptBlobError or SourceError.
     """
     try:
-        return _decoded(blob, gzip_index, spans)
+        return _decoded(blob, gzip_index, spans, checked_above=checked_above)
     except (FormatError, CorruptBlobError):
         blob.evict(0, min(MAX_HEADER, blob.size))
-    return _decoded(blob, gzip_index, spans)
+    return _decoded(blob, gzip_index, spans, checked_above=checked_above)
 
 
-def _decoded(blob: Blob, name: str, spans: SpanCache) -> Blob:
+def _decoded(blob: Blob, name: str, spans: SpanCache, *, checked_above: bool) -> Blob:
     if not name:
         compression = compression_of(blob.read_at(0, min(MAGIC_SIZE, blob.size)))
         if compression:
@@ -122,7 +126,7 @@ def _decoded(blob: Blob, name: str, spans: SpanCache) -> Blob:
     try:
         # The index decides: it is of the image's manifest, the first bytes of the target may be forged.
         is_zstd = index.read_at(0, min(len(ZSTD_MAGIC), index.size)) == ZSTD_MAGIC
-        return (ZstdTarget if is_zstd else GzipTarget)(blob, index, spans=spans)
+        return (ZstdTarget if is_zstd else GzipTarget)(blob, index, spans=spans, checked_above=checked_above)
     except BaseException:
         index.close()
         raise

@@ -65,12 +65,15 @@ class GzipTarget(SpannedTarget):
     has. Other damage is found by :meth:`verify` alone: gzip has one checksum for all of the content.
     """
 
-    def __init__(self, compressed: Blob, index: Blob, *, spans: SpanCache | None = None) -> None:
+    def __init__(
+        self, compressed: Blob, index: Blob, *, spans: SpanCache | None = None, checked_above: bool = False
+    ) -> None:
         self.header, table = load_index(index)
         check_owner(index, compressed, self.header.compressed_size, "gzip")
         # One element of a memoryview costs a fifth of numpy's.
         content = memoryview(table["content"].tobytes()).cast("q")
-        super().__init__(compressed, index, spans, content=content, size=self.header.uncompressed_size)
+        size = self.header.uncompressed_size
+        super().__init__(compressed, index, spans, content=content, size=size, checked_above=checked_above)
         self._recent_window = -1, b""
         self._stored = memoryview(table["stored"].tobytes()).cast("q")
         self._bits = table["bits"].tobytes()
@@ -113,6 +116,17 @@ class GzipTarget(SpannedTarget):
         tail = content[-WINDOW:] if len(content) >= WINDOW else (window + content)[-WINDOW:]
         self._check_end(number, tail, inflater, call)
         return content
+
+    def _beginning(self, number: int, length: int, call: Call | None) -> bytes:
+        inflater = self._inflater(number, self._window(number, call), None)
+        (begin, end), span = self._stored_range(number, number), inflater.left
+        # One read, if the beginning compresses about as well as all of the span.
+        step = min(end - begin, (end - begin) * length // span + _HEAD)
+        for data in self._stored_parts(number, step, call):
+            inflater.take(data)
+            if span - inflater.left >= length:
+                return inflater.taken()[:length]
+        return inflater.end(last=number == self._last)[:length]
 
     def _inflater(
         self, number: int, window: bytes, sums: MemberSums | None, library: ModuleType = isal_zlib

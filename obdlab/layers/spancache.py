@@ -77,6 +77,10 @@ class SpanCache:
             del decoding
         return piece
 
+    def has(self, key: Key) -> bool:
+        """Return True if the piece is here, or is being decoded."""
+        return key in self._pieces or key in self._decoding
+
     def drop(self, owner: int, first: int, last: int) -> None:
         """Forget the pieces of an owner with the numbers from ``first`` to ``last``.
 

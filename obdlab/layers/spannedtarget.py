@@ -11,6 +11,7 @@ import hashlib
 import threading
 from abc import abstractmethod
 from bisect import bisect_right
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
 from obdlab.blob import Blob, check_range
@@ -52,13 +53,22 @@ class SpannedTarget(Blob):
     ``content`` has the offset in the content at which each span begins: the first is 0, and they increase. ``size``
     is that of all content. A subclass decodes the spans, and knows where they are stored.
 
-    A span whose bytes do not decode is evicted from the caches below, and decoded once more.
+    A span whose bytes do not decode is evicted from the caches below, and decoded once more. With ``checked_above`` a
+    caller compares with digests all that it reads, in pieces about as long as a span: then a read elsewhere than the
+    one before decodes no more of its last span than it needs, and returns that unchecked.
     """
 
     below: Blob
 
     def __init__(
-        self, compressed: Blob, index: Blob, spans: SpanCache | None, *, content: memoryview, size: int
+        self,
+        compressed: Blob,
+        index: Blob,
+        spans: SpanCache | None,
+        *,
+        content: memoryview,
+        size: int,
+        checked_above: bool,
     ) -> None:
         self.name = compressed.name
         self.below = compressed
@@ -70,6 +80,8 @@ class SpannedTarget(Blob):
         self._owner = self._spans.new_owner()
         self._lock = threading.Lock()
         self._long: dict[int, Long] = {}
+        self._checked_above = checked_above
+        self._recent = -1  # the last span of the read before
         #: Spans that were decoded whole, and their bytes. Not counted under a lock.
         self.decoded_spans = self._decoded_bytes = 0
 
@@ -82,6 +94,10 @@ class SpannedTarget(Blob):
     @abstractmethod
     def _decoded(self, number: int, call: Call | None) -> bytes:
         """Return a span, read and checked. Raises CorruptBlobError."""
+
+    @abstractmethod
+    def _beginning(self, number: int, length: int, call: Call | None) -> bytes:
+        """Return the first bytes of a span, without a look at its end. Raises CorruptBlobError."""
 
     @abstractmethod
     def _begun(self, number: int, call: Call | None) -> Long:
@@ -104,15 +120,19 @@ class SpannedTarget(Blob):
             check_range(self, offset, length)
             return b""
         first = bisect_right(self._content, offset) - 1
-        begin = self._content[first]
         if end <= self._end(first):
-            return self._read_span(first, offset - begin, length, call)
-        parts = []
-        while offset < end:
-            stop = min(end, self._end(first))
-            parts.append(self._read_span(first, offset - self._content[first], stop - offset, call))
-            offset = stop
-            first += 1
+            self._recent = first
+            return self._read_span(first, offset - self._content[first], length, call)
+        last = bisect_right(self._content, end - 1) - 1
+        in_order = self._recent <= first <= self._recent + 1
+        self._recent = last
+        parts = [self._read_span(first, offset - self._content[first], self._end(first) - offset, call)]
+        parts += [
+            self._read_span(number, 0, self._end(number) - self._content[number], call)
+            for number in range(first + 1, last)
+        ]
+        read_end = self._read_span if in_order or not self._checked_above else self._read_beginning
+        parts.append(read_end(last, 0, end - self._content[last], call))
         return b"".join(parts)
 
     def map_range(self, begin: int, end: int) -> tuple[int, int]:
@@ -172,6 +192,16 @@ class SpannedTarget(Blob):
             return self._read_long(number, offset, length, call)
         span = self._spans.get((self._owner, number), lambda: self._decode(number, call), call)
         return span[offset : offset + length]
+
+    # The rest of the span is not decoded if that is less work: no reader may want it.
+    def _read_beginning(self, number: int, offset: int, length: int, call: Call | None) -> bytes:
+        span = self._end(number) - self._content[number]
+        if length <= span // 2 and span <= MAX_SPAN and not self._spans.has((self._owner, number)):
+            with suppress(CorruptBlobError):  # the whole span is evicted and tried again
+                beginning = self._beginning(number, length, call)
+                self._decoded_bytes += length
+                return beginning
+        return self._read_span(number, offset, length, call)
 
     # A cache below may hold damaged bytes, and the origin sound ones.
     def _decode(self, number: int, call: Call | None) -> bytes:

@@ -41,7 +41,9 @@ class ZstdTarget(SpannedTarget):
     length than the index has; SourceError if there is no space for the content of a long frame.
     """
 
-    def __init__(self, compressed: Blob, index: Blob, *, spans: SpanCache | None = None) -> None:
+    def __init__(
+        self, compressed: Blob, index: Blob, *, spans: SpanCache | None = None, checked_above: bool = False
+    ) -> None:
         if index.size > HEADER_SIZE + MAX_SPANS * SPAN.itemsize:
             raise FormatError("zstd index is too large", blob=index.name, got=index.size)
         header = ZstdIndex.from_bytes(index.read_at(0, index.size), blob=index.name)
@@ -50,13 +52,17 @@ class ZstdTarget(SpannedTarget):
             memoryview(header.spans[name].astype("<i8").tobytes()).cast("q")
             for name in ("content", "stored", "length")
         )
-        super().__init__(compressed, index, spans, content=content, size=header.uncompressed_size)
+        size = header.uncompressed_size
+        super().__init__(compressed, index, spans, content=content, size=size, checked_above=checked_above)
 
     def _stored_range(self, first: int, last: int) -> tuple[int, int]:
         return self._stored[first], self._stored[last] + self._lengths[last]
 
     def _decoded(self, number: int, call: Call | None) -> bytes:
         return self._decoder(number, call).read(self._end(number) - self._content[number])
+
+    def _beginning(self, number: int, length: int, call: Call | None) -> bytes:
+        return self._decoder(number, call).read(length)
 
     def _begun(self, number: int, call: Call | None) -> _LongFrame:
         size = self._end(number) - self._content[number]
