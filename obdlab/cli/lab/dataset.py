@@ -71,7 +71,7 @@ def _build(args: argparse.Namespace) -> int:
     from obdlab.lab.images.builder import DEFAULT_WORK_DIR, build_image, update_lock
     from obdlab.lab.images.lock import LOCK_NAME
     from obdlab.lab.images.ocilayout import copy_layout, push_layout
-    from obdlab.lab.images.recipe import Recipe, RecipeError, find_recipe, recipe_path
+    from obdlab.lab.images.recipe import RecipeError, find_recipe, recipe_path
     from obdlab.registry.reference import Reference
 
     target = args.to or ""
@@ -84,7 +84,8 @@ def _build(args: argparse.Namespace) -> int:
     with closing(registry_from(args)) as client:
         if args.update_lock:
             path = recipe_path(args.recipe, directories)
-            layout = update_lock(Recipe.load(path), path.with_name(LOCK_NAME), work_dir, _say).layout
+            recipe = find_recipe(args.recipe, directories)
+            layout = update_lock(recipe, path.with_name(LOCK_NAME), work_dir, _say).layout
         else:
             recipe = find_recipe(args.recipe, directories)
             ways = {"locked": args.locked, "newest": args.newest}

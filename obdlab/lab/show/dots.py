@@ -6,6 +6,7 @@ links say nothing here.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.lines import Line2D
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 _SMALL: dict[str, Any] = {"fontsize": SMALL, "va": "center"}
 # Single samples of one arm lie in so much of its row's height.
 _SPREAD = 0.34
+# An axis ends so far beyond the last sample: intervals of two or three can be a hundred times as long.
+_REACH = 1.5
 
 
 def draw_ratios(
@@ -51,13 +54,14 @@ def draw_ratios(
     names = [*drawn, *(name for name in paper if name not in drawn)]
     first = [baseline, f"{baseline}{AA_SUFFIX}"]
     names.sort(key=lambda name: first.index(name) if name in first else len(first))
+    shares = {name: [value / median_interval(bases[name]).median for value in drawn[name]] for name in drawn}
+    reach = _REACH * max(*paper.values(), *(share for each in shares.values() for share in each), 1.0)
     for place, name in enumerate(names):
         if name in drawn:
-            middle = median_interval(bases[name]).median
-            ratios = [value / middle for value in drawn[name]]
+            ratios = shares[name]
             is_base = name == baselines.get(name, baseline)
             found = median_interval(ratios) if is_base else ratio_interval(drawn[name], bases[name])
-            _draw_row(axes, place, name, ratios, found, f"{found.median:.2f}")
+            _draw_row(axes, place, name, ratios, found, f"{found.median:.2f}", reach)
         if name in paper:
             axes.plot(paper[name], place + 0.28, "D", color=PAPER, markersize=6, markerfacecolor="white", zorder=4)
             # An arm's own number is on its line; the paper's stands at its mark.
@@ -91,15 +95,27 @@ def _finish(axes: Axes, names: Sequence[str], label: str, *, log: bool) -> None:
     axes.set_xlabel(label, fontsize=LABEL)
 
 
-def _draw_row(axes: Axes, place: int, name: str, samples: Sequence[float], found: Estimate, text: str) -> None:
+# An interval beyond ``reach`` ends there in an arrow.
+def _draw_row(
+    axes: Axes,
+    place: int,
+    name: str,
+    samples: Sequence[float],
+    found: Estimate,
+    text: str,
+    reach: float = math.inf,
+) -> None:
     shade = colour(name, place)
     steps = [(number + 0.5) / len(samples) - 0.5 for number in range(len(samples))]
     rows = [place + _SPREAD * step for step in steps]
     axes.plot(samples, rows, "o", color=shade, alpha=0.35, markersize=4, zorder=2, label=name)
+    high = min(found.high, reach)
     if found.has_interval:
-        axes.plot([found.low, found.high], [place, place], color="black", linewidth=1.2, zorder=3)
+        axes.plot([found.low, high], [place, place], color="black", linewidth=1.2, zorder=3)
+    if found.has_interval and high < found.high:
+        axes.plot(high, place, ">", color="black", markersize=5, zorder=3)
     axes.plot(found.median, place, "o", color=shade, markeredgecolor="black", markersize=7, zorder=4)
-    _note(axes, text, (max(*samples, found.high) if found.has_interval else max(samples), place), "black")
+    _note(axes, text, (max(*samples, high) if found.has_interval else max(samples), place), "black")
 
 
 def _note(axes: Axes, text: str, place: tuple[float, float], shade: str) -> None:

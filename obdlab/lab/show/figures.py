@@ -35,7 +35,9 @@ def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
     beside the ratios of figures 14 and 15 of the DADI paper, of other hardware and another image. Raises ValueError
     for rows of several networks.
     """
+    first = [baseline, f"{baseline}{AA_SUFFIX}"]
     summaries = summarise(rows, baseline)
+    summaries.sort(key=lambda s: (s.image, first.index(s.arm) if s.arm in first else len(first)))
     networks = {(summary.rate_mbit, summary.rtt_ms) for summary in summaries}
     if len(networks) != 1:
         raise ValueError(f"one network a figure (got {sorted(networks)})")

@@ -51,6 +51,13 @@ def test_the_papers_ratios_stand_in_the_rows_of_their_arms(axes: Axes) -> None:
     assert marks == {0.19: 1.28, 1.71: 2.28}
 
 
+def test_an_interval_far_beyond_the_samples_does_not_squeeze_them(axes: Axes) -> None:
+    draw_ratios(axes, {"overlayfs": [2.0, 2.1], "obdlab": [1.0, 3.0]}, "", baseline="overlayfs")
+    (arrow,) = [line for line in axes.lines if line.get_marker() == ">"]
+    assert float(np.asarray(arrow.get_xdata())[0]) == pytest.approx(1.5 * 3.0 / 2.05)
+    assert axes.get_xlim()[1] < 4
+
+
 def test_one_sample_has_no_whisker(axes: Axes) -> None:
     draw_samples(axes, {"a": [1.0], "b": [1.0, 2.0]}, "", "s")
     whiskers = [
