@@ -97,7 +97,7 @@ def test_deleted_files_and_arguments_are_in_no_layer(bench: Bench) -> None:
         f"FROM {base}\nARG TOKEN\n"
         "RUN --mount=type=secret,id=t --mount=type=secret,id=t,target=/etc/deep/t,mode=0444,uid=3 "
         "cat /run/secrets/t | tr A-Z a-z >/lower; ls -ln /etc/deep/t >/mode\n"
-        "RUN echo $TOKEN >/transient; echo $TOKEN | tr A-Z a-z >>/lower; rm /transient\n"
+        "RUN echo $TOKEN >/transient; sync -d /transient; echo $TOKEN | tr A-Z a-z >>/lower; rm /transient\n"
     )
     bench.build(new, "--build-arg", "TOKEN=SECRET-ARG-4712", "--secret", f"id=t,src={secret}")
     assert bench.cat(new, "/lower") == "secret-file-4711secret-arg-4712\n"

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ class Builder:
         self.wire = WireSnapshotter(str(address))
         self._work = work
         self._numbers = itertools.count(1)
+        self._opt = installed_tools(work / "opt")
 
     def new_id(self) -> str:
         return f"{next(self._numbers):025d}"
@@ -96,6 +98,48 @@ class Builder:
         self.wire.commit(name, key, {})
         return name
 
+    def merge(self, *diffs: tuple[str, str]) -> str:
+        """Make a committed snapshot of the differences (lower, upper), from nothing on; return its name.
+
+        So BuildKit makes the results of its operations "merge" and "diff" with a snapshotter that it does not know as
+        one of overlays. There is no label: the snapshot is an ordinary one.
+        """
+        key, name = self.new_id(), self.new_id()
+        self.wire.prepare(key, "", {})
+        (mount,) = mounts = self.wire.mounts(key)
+        assert mount.type == "bind"
+        with mounted(mounts, self._work / key) as target:
+            for diff in diffs:
+                views = [self.new_id() for _ in diff]
+                with ExitStack() as stack:
+                    lower, upper = (
+                        stack.enter_context(mounted(self.wire.view(view, of, DEV), self._work / view))
+                        for view, of in zip(views, diff, strict=True)
+                    )
+                    for path in upper.iterdir():
+                        before = lower / path.name
+                        if path.is_file() and (not before.exists() or before.read_bytes() != path.read_bytes()):
+                            shutil.copy2(path, target)
+                for view in views:
+                    self.wire.remove(view)
+        usage = {"buildkit.mergeUsageSize": "4096", "buildkit.mergeUsageInodes": "2"}
+        self.wire.commit(name, key, usage)
+        assert self.wire.stat(name).labels == usage
+        return name
+
+    def step_on_merged(self, parent: str, name: str) -> str:
+        """Write a file on a merged snapshot: BuildKit asks for a device, and takes the overlay that it gets."""
+        key, committed = self.new_id(), self.new_id()
+        self.wire.prepare(key, parent, DEV)
+        mounts = self.wire.mounts(key)
+        assert [mount.type for mount in mounts] == ["overlay"]
+        with mounted(mounts, self._work / key) as rootfs:
+            (rootfs / name).write_text(f"{name}\n")
+        self.wire.commit(committed, key, {})
+        # BuildKit's own differ exports it.
+        assert LABEL_COMMIT_PATH not in self.wire.stat(committed).labels
+        return committed
+
     def look(self, name: str, path: str) -> str:
         """Read a file of a committed snapshot, as COPY --from does."""
         key = self.new_id()
@@ -115,7 +159,7 @@ class Builder:
             self.wire.view(key, of, DEV)
         directory = Path(self.wire.stat(name).labels[LABEL_COMMIT_PATH]).parent
         committed = directory / "overlaybd.commit"
-        commit_tool(directory / "overlaybd.sealed", directory / "overlaybd.commit.temp")
+        commit_tool(self._opt, directory / "overlaybd.sealed", directory / "overlaybd.commit.temp")
         (directory / "overlaybd.commit.temp").rename(committed)
         for key in (upper, lower):
             self.wire.remove(key)
@@ -141,10 +185,27 @@ class _Mounted:
         subprocess.run(["umount", self._target], check=True)
 
 
-def commit_tool(sealed: Path, target: Path) -> None:
-    """Do ``overlaybd-commit --commit_sealed SEALED TARGET -t -z -f``."""
-    command = [sys.executable, "-m", "obdlab", "layer", "commit", "--tar", "--force", "--quiet"]
-    subprocess.run([*command, sealed, target], check=True)
+def installed_tools(opt: Path) -> Path:
+    """Install the original's tools at their places, in a mount namespace that has ``opt`` at /opt; return ``opt``."""
+    opt.mkdir()
+    within_opt(opt, sys.executable, "-m", "obdlab", "install-tools")
+    assert (opt / "overlaybd/bin/overlaybd-commit").is_file()
+    return opt
+
+
+def within_opt(opt: Path, *command: str | Path) -> None:
+    """Run a command in a mount namespace that has ``opt`` at /opt."""
+    script = 'mount --make-rprivate / && mount --bind "$0" /opt && exec "$@"'
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-ec", script, opt, *command], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def commit_tool(opt: Path, sealed: Path, target: Path) -> None:
+    """Run the tool as BuildKit does, by its fixed path."""
+    tool = "/opt/overlaybd/bin/overlaybd-commit"
+    within_opt(opt, tool, "--commit_sealed", sealed, target, "-t", "-z", "-f")
 
 
 @pytest.fixture
@@ -201,7 +262,17 @@ def test_a_build_on_a_lazy_base(
     five = builder.step(four, "/bin/busybox cat /copied > /five")
     assert builder.look(five, "five") == "right\n"
 
-    prune(builder, [*base, *chain, right, apart, five])
+    # Merge: the differences of two stages, from nothing on. Diff: that of one step.
+    merged = builder.merge((two, left), (two, right))
+    assert [builder.look(merged, name) for name in ("left", "right")] == ["left\n", "right\n"]
+    with pytest.raises(FileNotFoundError):
+        builder.look(merged, "two")
+    difference = builder.merge((one, two))
+    assert builder.look(difference, "two") == "one\n"
+    on_merged = builder.step_on_merged(merged, "more")
+    assert [builder.look(on_merged, name) for name in ("left", "more")] == ["left\n", "more\n"]
+
+    prune(builder, [*base, *chain, right, apart, five, merged, difference, on_merged])
     assert service.devices.list() == []
     assert list((service.root / "snapshots").iterdir()) == []
 
@@ -260,9 +331,11 @@ def test_a_step_that_is_given_up_leaves_nothing(
         builder.wire.mounts(key)
     with pytest.raises(NotFoundError):
         builder.wire.stat("never")
+    assert [path.name for path in service.root.rglob("writable_*")] == []
     for name in reversed(base):
         builder.wire.remove(name)
     assert service.devices.list() == []
+    assert list((service.root / "snapshots").iterdir()) == []
 
 
 def test_a_layer_that_is_none_of_ours_is_left_to_buildkit(builder: Builder, image: str) -> None:
