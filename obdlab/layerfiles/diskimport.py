@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.errors import FormatError, ObdlabError, SourceError
+from obdlab.layerfiles.partitions import find_root
 from obdlab.layerfiles.rawdisk import RawDisk
 from obdlab.layerfiles.writing import write_layer
 from obdlab.localfile import LocalFile
@@ -81,17 +82,30 @@ def import_disk(
     uuid: str = "",
     user_tag: str = "",
     force: bool = False,
+    partition: int | None = None,
     progress: Progress | None = None,
 ) -> Committed:
-    """Write a whole disk as a new base layer; blocks of 4 KiB that are all zeros are left out.
+    """Write a disk as a new base layer; blocks of 4 KiB that are all zeros are left out.
 
+    ``partition`` is the number of the one to write, 0 for that of the root file system
+    (:func:`obdlab.layerfiles.partitions.find_root`); None: the whole disk, partition table and all.
     A qcow2 image is unpacked beside ``path`` first, into a sparse file that is deleted afterwards. ``progress`` gets
     :func:`work_size` bytes, while the disk is unpacked and read. Raises ImportDiskError, FormatError, SourceError,
     OutputError.
     """
     check_absent(path, force=force)
-    with _as_raw(Path(source), Path(path), kind, progress) as raw, closing(RawDisk(raw, progress)) as disk:
+    with _as_raw(Path(source), Path(path), kind, progress) as raw, closing(_part(raw, partition, progress)) as disk:
         return write_layer(disk, path, packing, uuid=uuid, user_tag=user_tag, force=force)
+
+
+def _part(raw: Path, partition: int | None, progress: Progress | None) -> RawDisk:
+    if partition is None:
+        return RawDisk(raw, progress)
+    with LocalFile(raw) as file:
+        found = find_root(file, partition)
+        if progress is not None:
+            progress(file.size - found.size)
+    return RawDisk(raw, progress, begin=found.begin, size=found.size)
 
 
 @contextmanager

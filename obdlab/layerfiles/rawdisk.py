@@ -27,16 +27,25 @@ class RawDisk:
     """A raw disk image as a layer to commit: every 4 KiB block with a byte other than zero is in it.
 
     Holes of the file are not read. Raises SourceError if the file cannot be read, FormatError if its size is not a
-    whole number of sectors. ``progress`` gets all bytes of the disk.
+    whole number of sectors. ``begin`` and ``size`` make a part of the file the disk (default: all of it).
+    ``progress`` gets all bytes of the disk.
     """
 
     uuid = parent_uuid = NULL_UUID
 
-    def __init__(self, path: str | os.PathLike[str], progress: Progress | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        progress: Progress | None = None,
+        *,
+        begin: int = 0,
+        size: int | None = None,
+    ) -> None:
         self.data = LayerFile(path, os.O_RDONLY)
         self.name = self.data.name
         try:
-            self.virtual_size = self.data.size
+            self._begin = begin
+            self.virtual_size = self.data.size - begin if size is None else size
             if self.virtual_size % SECTOR:
                 raise FormatError(
                     "disk image is no whole number of sectors", blob=self.name, got=f"{self.virtual_size} bytes"
@@ -53,8 +62,8 @@ class RawDisk:
     def _segments(self, progress: Progress | None) -> Segments:
         numbers = [np.zeros(0, np.int64)]
         done = 0
-        for begin, end in _steps(self.data, self.virtual_size):
-            numbers.append(begin // _BLOCK + _used_blocks(self.data.read_at(begin, end - begin)))
+        for begin, end in _steps(self.data, self._begin, self.virtual_size):
+            numbers.append(begin // _BLOCK + _used_blocks(self.data.read_at(self._begin + begin, end - begin)))
             if progress is not None:
                 progress(end - done)
                 done = end
@@ -68,16 +77,17 @@ class RawDisk:
         return Segments(
             offset_sectors=begin_sectors,
             length_sectors=end_sectors - begin_sectors,
-            moffset_sectors=begin_sectors,
+            moffset_sectors=begin_sectors + self._begin // SECTOR,
             zeroed=np.zeros(len(heads), np.bool_),
             tag=np.zeros(len(heads), np.uint8),
         )
 
 
-def _steps(file: LayerFile, size: int) -> Iterator[tuple[int, int]]:
-    # Yields block-aligned pieces of the file's data extents; each block once.
+def _steps(file: LayerFile, start: int, size: int) -> Iterator[tuple[int, int]]:
+    # Yields block-aligned pieces of the disk's data extents, relative to its start; each block once.
     reached = 0
-    for begin, end in file.data_extents(0, size):
+    for first, last in file.data_extents(start, start + size):
+        begin, end = first - start, last - start
         at = max(reached, begin - begin % _BLOCK)
         reached = min(-(-end // _BLOCK) * _BLOCK, size)
         for step in range(at, reached, _STEP):

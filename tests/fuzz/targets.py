@@ -43,6 +43,7 @@ from obdlab.image import turboblob
 from obdlab.image.config import ImageConfig
 from obdlab.image.turboblob import unpack
 from obdlab.layerfiles.diskimport import disk_size
+from obdlab.layerfiles.partitions import find_root
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gziptarget import GzipTarget
 from obdlab.layers.lsmt import open_layer
@@ -217,6 +218,18 @@ def _qcow2(data: bytes) -> None:
         file.write(data)
         file.flush()
         disk_size(file.name, "qcow2")
+
+
+def _partitions(data: bytes) -> None:
+    find_root(MemoryBlob(data))
+
+
+def _partition_seeds() -> list[bytes]:
+    from tests.layerfiles.partitioned import gpt_disk, mbr_disk
+
+    parts = [(64, 64, 0x83), (128, 64, 0x82)]
+    mbr = mbr_disk(512, parts, logical=[(300, 10), (320, 10)], base=256)
+    return [mbr, gpt_disk(512, [(64, 127, "linux"), (128, 191, "other")])]
 
 
 def _config(data: bytes) -> None:
@@ -638,6 +651,7 @@ TARGETS = {
     "qcow2": Target(
         _qcow2, lambda: [b"QFI\xfb" + bytes((0, 0, 0, 3)) + bytes(16) + (1 << 30).to_bytes(8, "big") + bytes(80)]
     ),
+    "partitions": Target(_partitions, _partition_seeds),
     "config": Target(_config, _config_seeds),
     "manifest": Target(_manifest, _goldens("image/manifest.json", "image/manifest.with-trace.json")),
     "image-config": Target(_image_config, _goldens("image/config.json", "image/config.with-trace.json")),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cli.jsonoutput import add_json_option
 from obdlab.cli.layer.commit_command import report_layer
+from obdlab.cli.numbers import whole
 from obdlab.cli.packing import (
     add_output_options,
     add_packing_options,
@@ -15,6 +16,7 @@ from obdlab.cli.packing import (
     uuid_argument,
 )
 from obdlab.cli.progressbar import progress_bar
+from obdlab.formats.partitiontable import MOST_ENTRIES
 
 if TYPE_CHECKING:
     import argparse
@@ -23,14 +25,29 @@ if TYPE_CHECKING:
 def declare(parser: argparse.ArgumentParser) -> None:
     """Declare the command."""
     parser.description = (
-        "Writes a whole disk, partition table and all, as a layer. Blocks that are all zeros are left out. qcow2 "
-        "images are read by qemu-img (Debian package qemu-utils), and need room for the unpacked disk beside "
-        "OUTPUT meanwhile. Images with backing files are refused."
+        "Writes a disk as a layer: all of it, partition table and all, or with --rootfs the partition of its root "
+        "file system, which then mounts as an image does. Blocks that are all zeros are left out. qcow2 images are "
+        "read by qemu-img (Debian package qemu-utils), and need room for the unpacked disk beside OUTPUT meanwhile. "
+        "Images with backing files are refused."
     )
     parser.add_argument("disk", metavar="DISK", help="disk image, or a block device")
     parser.add_argument("output", metavar="OUTPUT", help="the layer file to make")
     parser.add_argument(
         "--format", choices=("raw", "qcow2"), help="of the image (default: seen from its first bytes)"
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument(
+        "--rootfs",
+        action="store_const",
+        const=0,
+        dest="partition",
+        help="only the root file system's partition, by the table (MBR, GPT) and its types",
+    )
+    part.add_argument(
+        "--partition",
+        type=whole(1, MOST_ENTRIES),
+        metavar="NUMBER",
+        help="only this partition, as Linux counts them",
     )
     parser.add_argument(
         "--uuid", type=uuid_argument, metavar="UUID", default="", help="UUID of the layer (default: zeros)"
@@ -59,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
             uuid=args.uuid,
             user_tag=args.message,
             force=args.force,
+            partition=args.partition,
             progress=progress,
         )
     report_layer(args, committed)
