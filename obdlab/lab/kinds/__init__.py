@@ -13,6 +13,7 @@ from obdlab.lab.kinds.emulation import Swarm
 from obdlab.lab.kinds.fio import Fio
 from obdlab.lab.kinds.index import Index
 from obdlab.lab.kinds.kind import Kind
+from obdlab.lab.kinds.lazybuild import LazyBuild
 from obdlab.lab.kinds.memory import Memory
 from obdlab.lab.kinds.misses import Misses
 from obdlab.lab.kinds.simulation import Simulation
@@ -27,6 +28,7 @@ KINDS: dict[str, Kind] = {
         Depth(),
         Fio(),
         Build(),
+        LazyBuild(),
         Conversion(),
         Misses(),
         Memory(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from obdlab.lab.paper import emulated, simulated
+from obdlab.lab.paper import builds, emulated, simulated
 from obdlab.lab.paper import questions as q
 from obdlab.lab.paper.claim import Check, Claim
 from obdlab.lab.paper.results import Results, estimate, floor, launch_s, ratio, samples
@@ -151,20 +151,6 @@ def _scan(run: q.Run, disk: str, enough: float) -> Check:
 
 def _ordinal(place: int) -> str:
     return {1: "fastest", 2: "second", 3: "third", 4: "fourth"}.get(place, f"{place}th")
-
-
-def _build(results: Results) -> Outcome:
-    ours, theirs = (results.rows(q.BUILD, layer=name) for name in ("obdlab-append", "overlayfs"))
-    return of_ratio(
-        ratio(ours, theirs, "build_s"),
-        what="write and chmod, obdlab against overlayfs",
-        paper="",
-        below=1.0,
-        enough=0.8,
-        used=[*ours, *theirs],
-        run=q.BUILD,
-        floor=floor(results.rows(q.BUILD), _BASELINE, "layer", "build_s"),
-    )
 
 
 def _index_size(results: Results) -> Outcome:
@@ -358,14 +344,7 @@ CLAIMS: tuple[Claim, ...] = (
         _AHEAD,
         _scan(q.TAR, "cloud", 0.7),
     ),
-    Claim(
-        "build",
-        "Fig 25",
-        "image_build",
-        "Building an image is 20 to 40 % faster, commit left out.",
-        "20 to 40 % in words; the bars' numbers are not recoverable",
-        _build,
-    ),
+    *builds.CLAIMS,
     Claim(
         "size",
         "text",

@@ -59,9 +59,10 @@ def run_all(
     """Run the experiments that are not measured yet; return the reasons of those that failed, by name.
 
     An experiment that cannot run here (missing program or kernel feature) is skipped: ``say`` gets the reason, and
-    the results keep it.
+    the results keep it. Optional ones are not among those that failed.
     """
     failed = {}
+    optional = {run.name for run in runs() if run.optional}
     for number, (name, spec) in enumerate(planned.items(), 1):
         directory = results.root / name
         directory.mkdir(parents=True, exist_ok=True)
@@ -74,7 +75,8 @@ def run_all(
             raise  # the other experiments need the same disk
         except ObdlabError as error:
             interrupts.check(error)
-            failed[name] = str(error)
+            if name not in optional:
+                failed[name] = str(error)
             (directory / "not_run.txt").write_text(f"{error}\n")
             say(f"[{number}/{len(planned)}] {name}: could not be run: {error}")
             continue

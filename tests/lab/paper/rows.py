@@ -116,6 +116,9 @@ def everything(root: Path) -> Given:
             "scan_du": start_rows(),
             "scan_tar": start_rows(),
             "build": grid_rows("build", {"layer": ("overlayfs", "obdlab-append")}, {}),
+            "lazy_build": grid_rows(
+                "lazy_build", {"new": ("1x400", "10x25"), "builder": ("docker", "obdlab")}, {"base_share": 0.01}
+            ),
             "index": grid_rows("index", {"segments": (1000, 4500, 100000), "layers": (1, 50)}, {"batch_m_s": 7.0}),
             "depth": grid_rows("depth", {"layers": (10, 205)}, {"segments": 4000.0}),
             "codec": grid_rows("codec", {"algorithm": ("lz4", "zstd"), "block_size": (4096,), "workers": (1,)}, {}),
