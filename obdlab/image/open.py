@@ -127,6 +127,10 @@ class Image(Disk):
         self.unverified: Callable[[], int] = int
         #: True if its device shall graduate when all layers are local and checked.
         self.graduates = False
+        #: Not before so much time has passed since it was opened.
+        self.graduates_after_s = 0.0
+        #: Begins to complete a lazily read image, as the settings say; for the server of its device.
+        self.complete: Callable[[], None] = lambda: None
 
     def statistics(self) -> dict[str, int]:
         """Return the block cache's counters since the image was opened; empty if the image is local."""
@@ -146,6 +150,7 @@ class WritableImage(WritableStack):
         self._count = count
         #: As in :class:`Image`.
         self.before_close: list[Callable[[], None]] = []
+        self.complete: Callable[[], None] = lambda: None
 
     def statistics(self) -> dict[str, int]:
         """As in :class:`Image`."""
@@ -208,7 +213,10 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
             stack.identity = identity
             stack.origin = remote.origin if remote is not None else ""
             stack.unverified = remote.unverified if remote is not None else int
-            stack.graduates = settings.graduation and settings.unpacked_disks
+            completes = settings.completion and remote is not None
+            stack.graduates = (settings.graduation or completes) and settings.unpacked_disks
+            if not settings.graduation:
+                stack.graduates_after_s = settings.download_delay_s + settings.download_delay_extra_s
         image: Image | WritableImage
         if config.upper.active:
             upper = opened.enter_context(open_upper(config.upper.data, config.upper.index))
@@ -218,6 +226,8 @@ def _open(config: ImageConfig, settings: Settings, around: Around, *, traces: bo
             image = stack
         else:
             raise ImageOpenError("image has neither lowers nor an upper (is it a config.v1.json?)")
+        if remote is not None:
+            image.complete = remote.complete
         blob = around("stack", image)
         if isinstance(image, WritableBlob) and not isinstance(blob, WritableBlob):
             raise TypeError(f"around a writable image: wanted a WritableBlob (got {type(blob).__name__})")

@@ -98,6 +98,7 @@ class RemoteLayers:
         self._tree_origins: list[_Origin] = []
         self._tree_files: list[CachedBlob] = []
         self._layers = 0
+        self._completes = False
         self._layer_blobs: list[CachedBlob] = []
 
     @property
@@ -211,7 +212,7 @@ class RemoteLayers:
     def opened(self) -> None:
         """End the opening: from now on, misses in the blobs fetch extents, with the deadline of reads.
 
-        If configured, begin to download them whole in the background, unless they exceed the cache's quota.
+        If configured, begin to download them whole in the background.
         """
         settings, self._terms = self._settings, UNBOUND
         self._layers, self._layer_blobs = len(self._origins), list(self._blobs)
@@ -224,9 +225,23 @@ class RemoteLayers:
         for file in self._tree_files:
             # A node covers 8 MiB. Extents around it would take as long as the data that waits for it.
             file.opened(settings.read_deadline_s, extents=False)
+        if settings.download_enabled or (settings.completion and settings.completion_at_once):
+            self._fetch_all()
+
+    def complete(self) -> None:
+        """Begin to fetch all of the blobs in the spare time of the link, after a delay, if the settings say so.
+
+        To be called once, by the server of a device: a command that reads an image ends before the delay.
+        """
+        if self._settings.completion and not self._completes:
+            self._fetch_all()
+
+    # Not if it is larger than the cache.
+    def _fetch_all(self) -> None:
+        settings, self._completes = self._settings, True
         blobs = [*self._blobs, *self._tree_files]
         total = sum(blob.size for blob in blobs)
-        if not (settings.download_enabled or settings.completion) or not self._blobs:
+        if not self._blobs:
             return
         if settings.cache_quota and total > settings.cache_quota:
             logger.warning(
@@ -242,9 +257,10 @@ class RemoteLayers:
             settings.download_bytes_per_s,
             settings.download_tries,
         )
-        if settings.completion:
+        at_once = settings.completion_at_once
+        if settings.completion and (at_once or not settings.download_enabled):
             allowance = Allowance(self._cache.space, settings.completion_bytes_per_day)
-            options = replace(options, at_once=True, allowance=allowance, metered=metered)
+            options = replace(options, at_once=at_once, allowance=allowance, metered=metered)
         BackgroundDownload(blobs, options).start()
 
     def unverified(self) -> int:

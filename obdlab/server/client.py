@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -129,13 +129,15 @@ class DeviceService:
     ) -> AttachedDevice:
         """Make the image of a config.v1.json a block device, or find its present one.
 
-        An image that was unpacked on this host is read by the kernel alone, unless the device must be ``served``.
+        An image that was unpacked on this host is read by the kernel alone, unless the device must be ``served``: it
+        does not graduate by itself either.
         Attaching the same config under the same id again returns the same device. Raises ObdlabError; nothing is left
         behind then. If the image cannot be opened, it is the error of opening it, of the same class; if the id is
         taken by another config, or ``timeout_s`` has passed, a DeviceError.
         """
         config = config_path.absolute()
         digest = digest_of_config(config)
+        settings = replace(self._settings, graduation=False, completion=False) if served else self._settings
         device_id = device_id or device_id_of(config)
         self._run.create()
         self._run.device(device_id)
@@ -143,7 +145,7 @@ class DeviceService:
             device_id=device_id,
             config=str(config),
             config_sha256=digest,
-            settings=self._settings.to_json(),
+            settings=settings.to_json(),
             readahead_kib=self._settings.device_readahead_kib,
         )
         if not served:

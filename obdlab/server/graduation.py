@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK_S = 1.0
+_LATER_LOOK_S = 10.0
 _FIRST_PAUSE_S = 60.0
 _LONGEST_PAUSE_S = 3600.0
 # The change waits for the requests under way; later requests wait for the change.
@@ -105,10 +106,12 @@ class Graduation:
     def start_by_itself(self) -> None:
         """Graduate in the background once all layers are local, if the image was opened to do so."""
         image = find(self._blob, Image)
-        if image is not None and image.graduates and self._device.can_graduate:
+        if image is not None and image.graduates and self._device.can_graduate and self._device.read_only:
             threading.Thread(target=self._by_itself, args=(image,), name="graduation", daemon=True).start()
 
     def _by_itself(self, image: Image) -> None:
+        time.sleep(image.graduates_after_s)
+        look_s = _LATER_LOOK_S if image.graduates_after_s > _LATER_LOOK_S else _LOOK_S
         command = [sys.executable, "-m", "obdlab", "device", "graduate", "--run-dir", str(self._directory.parents[1])]
         command += ["--low-priority", self._directory.name]
         said = ""
@@ -116,7 +119,7 @@ class Graduation:
         wait_until(lambda: DeviceRecord.load(self._directory) is not None, _QUIET_DEADLINE_S, look_s=_LONG_REQUEST_S)
         for failures in itertools.count():
             while image.unverified() and not self._is_unpacked(image):
-                time.sleep(_LOOK_S)
+                time.sleep(look_s)
             done = subprocess.run(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
             )

@@ -84,8 +84,7 @@ class LiveDevice:
         record = DeviceRecord.load(directory)
         if record is not None and record.is_graduated:
             raise DeviceError(
-                f"device {self.device_id}: graduated, so it has no server (attach the image with --served, without "
-                '"graduation" in the settings)'
+                f"device {self.device_id}: graduated, so it has no server (attach the image with --served)"
             )
         return controlclient.ask(directory, request, kind, silence_s=_TIMEOUT_S, progress=progress)
 

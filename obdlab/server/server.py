@@ -18,6 +18,7 @@ from obdlab.blob import WritableBlob, find
 from obdlab.devices import kinds
 from obdlab.devices.kind import Place
 from obdlab.errors import DeviceError, ObdlabError
+from obdlab.image.open import Image, WritableImage
 from obdlab.layers.stack import Stack
 from obdlab.observe import logs
 from obdlab.server import controlsocket
@@ -95,6 +96,7 @@ def serve(
         answering = controlsocket.serve(device, blob, directory)
         if not keeper.say(Ready(_description(device))) and task.path is None:
             raise DeviceError(f"{device_id}: its keeper died during the attach")
+        _complete(blob)
         if device.can_change_servers or task.path is not None:
             KeeperSeeker(keeper, directory, task, partial(_description, device)).start()
         _wait_for_end(device, device_id)
@@ -104,6 +106,12 @@ def serve(
             blob.flush()
         controlsocket.leave_counters(device, blob, directory)
         blob.close()
+
+
+def _complete(blob: Blob) -> None:
+    image = find(blob, Image) or find(blob, WritableImage)
+    if image is not None:
+        image.complete()
 
 
 # A recording that began with the opening of the image sees the reads of this process alone: no helper then.

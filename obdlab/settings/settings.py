@@ -74,10 +74,12 @@ class Settings:
     signature_keys: tuple[Path, ...] = ()
     #: Trace or priority list to replay whenever an image is opened, in place of the image's own.
     trace_path: Path | None = None
-    #: True if an image that is read lazily completes itself: the spare time of a fast link brings all of it from the
-    #: first moment on, that of a slow one after ``download_delay_s`` (:mod:`obdlab.cache.policy`). Nothing is fetched
-    #: over a link that NetworkManager says is metered.
-    completion: bool = False
+    #: True if the device of a lazily read image completes it: after ``download_delay_s`` the spare time of the link
+    #: brings all of it (:mod:`obdlab.cache.policy`), and with ``unpacked_disks`` the device then graduates. Nothing
+    #: is fetched over a link that NetworkManager says is metered.
+    completion: bool = True
+    #: With ``completion``: the spare time of a fast link is used from the first moment on.
+    completion_at_once: bool = False
     #: Most bytes that completion fetches in a day (UTC), of all processes that share the cache; 0: no limit.
     completion_bytes_per_day: int = 64 * GIB
     #: True if images in use are fetched whole into the cache, and verified, while no reader waits for other data.
@@ -89,9 +91,10 @@ class Settings:
     download_bytes_per_s: float = 100 * 1024 * KIB
     #: Attempts for a blob that fails.
     download_tries: int = 5
-    #: True if read-only devices graduate once all of their image is local and checked: it is unpacked to a plain file
-    #: in the cache directory, within ``cache_quota``, and the kernel reads that. It costs as much disk as the image
-    #: has data unpacked, and each device a second loop device from the beginning (docs/explanation/graduation.md).
+    #: True if read-only devices graduate as soon as all of their image is local and checked, without the delay of
+    #: ``completion``, those of local files as well: the image is unpacked to a plain file in the cache directory,
+    #: within ``cache_quota``, and the kernel reads that. It costs as much disk as the image has data unpacked, and
+    #: each device a second loop device from the beginning (docs/explanation/graduation.md).
     graduation: bool = False
     #: False: no device graduates, not by hand either, and no unpacked disk is opened. The kernel reads such a disk
     #: without comparing it with a digest at each read, so that a change of the file on the host's disk would not be

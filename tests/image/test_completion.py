@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ def layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """The delay is longer than any test."""
-    return Settings(cache_dir=tmp_path / "cache", completion=True, download_delay_s=1000, readahead_max=0)
+    return Settings(cache_dir=tmp_path / "cache", completion_at_once=True, download_delay_s=1000, readahead_max=0)
 
 
 def verified(settings: Settings) -> bool:
@@ -123,3 +125,55 @@ def test_behind_a_shaped_link(state_dir: Path, tmp_path: Path, settings: Setting
             wait_until(lambda: verified(soon))
             assert max(waited) <= 256 << 10, "at most one request of the completion was in flight"
         assert network.counters().since(before).received < 1.1 * config.lowers[0].size
+
+
+def test_by_default_only_a_device_completes_its_image(
+    registry_server: RegistryServer, settings: Settings, layer: Path
+) -> None:
+    """Its server asks for it. A command that reads an image fetches what it reads, however long it takes."""
+    config = push(registry_server, "completion/default", [layer])
+    default = replace(settings, completion_at_once=False, download_delay_s=0, download_delay_extra_s=0)
+    assert Settings().completion
+    with opened(config, default) as image:
+        touch(image)
+        time.sleep(0.5)
+        assert image.statistics()["background_bytes"] == 0
+        assert not [thread for thread in threading.enumerate() if thread.name == "obdlab-download"]
+        image.complete()
+        wait_until(lambda: verified(default))
+        assert image.read_at(0, SIZE) == DATA
+
+
+@pytest.mark.parametrize("changes", [{"completion": False}, {"download_delay_s": 1000.0}])
+def test_nothing_more_comes_before_the_delay_or_with_the_switch_off(
+    registry_server: RegistryServer, settings: Settings, layer: Path, changes: dict[str, Any]
+) -> None:
+    config = push(registry_server, "completion/later", [layer])
+    later = replace(settings, completion_at_once=False, download_delay_s=0, download_delay_extra_s=0)
+    with opened(config, replace(later, **changes)) as image:
+        image.complete()
+        touch(image)
+        time.sleep(0.5)
+        assert image.statistics()["background_bytes"] == 0
+
+
+def test_the_switch_off_keeps_a_fast_link_idle(
+    registry_server: RegistryServer, settings: Settings, layer: Path
+) -> None:
+    config = push(registry_server, "completion/off", [layer])
+    with opened(config, replace(settings, completion=False)) as image:
+        touch(image)
+        image.complete()
+        time.sleep(0.3)
+        assert image.statistics()["background_bytes"] == 0
+
+
+def test_a_download_that_was_asked_for_has_no_bytes_per_day(
+    registry_server: RegistryServer, settings: Settings, layer: Path
+) -> None:
+    config = push(registry_server, "completion/download", [layer])
+    asked = replace(settings, completion_at_once=False, completion_bytes_per_day=1, download_enabled=True)
+    with opened(config, replace(asked, download_delay_s=0, download_delay_extra_s=0)) as image:
+        image.complete()  # not twice
+        wait_until(lambda: verified(settings))
+        assert image.read_at(0, SIZE) == DATA

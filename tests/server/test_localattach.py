@@ -34,10 +34,13 @@ from obdlab.server.unpacking import graduate
 from obdlab.settings.settings import Settings
 from obdlab.system import abi, mount
 from tests.devices.contract import MIB, read_direct
+from tests.image.test_open_remote import push
 from tests.server.killing import kill, kill_for_good, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.registry.server import RegistryServer
 
 pytestmark = pytest.mark.kernel
 
@@ -307,7 +310,7 @@ def test_killed_while_it_is_unpacked_and_moved(place: Place, rounds: int) -> Non
     space = EvictingSpace(place.settings.cache_dir)
     graduated = 0
     for number in range(rounds):
-        device = place.service.attach(place.config, "x", served=True)
+        device = place.service.attach(place.config, "x")
         if number % 2:
             until(unpackers)
         time.sleep(chooser.uniform(0, 0.7))
@@ -334,6 +337,31 @@ def test_killed_while_it_is_unpacked_and_moved(place: Place, rounds: int) -> Non
             assert local.graduated
             assert read_direct(local.path, 0, SIZE) == place.content
             place.service.detach("y")
-        if number % 4 == 3:
-            remove_unused(space)
+        remove_unused(space)
     assert graduated
+
+
+@pytest.mark.registry
+def test_by_default_an_image_of_a_registry_becomes_local(place: Place, registry_server: RegistryServer) -> None:
+    """After the delay: a device that is gone before causes nothing. With --served it keeps its server."""
+    layer = place.directory / "layer.obd"
+    config = push(registry_server, "local/default", [layer])
+    place.save(lowers=config.lowers, repo_blob_url=config.repo_blob_url)
+
+    def background() -> int:
+        counters = place.service.statistics("x")["source"]
+        return int(counters["background_bytes"])
+
+    for changes, served in (({}, False), ({"download_delay_s": 0.0, "download_delay_extra_s": 0.0}, True)):
+        place.settings = replace(place.settings, **changes)
+        device = place.service.attach(place.config, "x", served=served)
+        assert read_direct(device.path, 0, MIB) == place.content[:MIB]
+        time.sleep(1.5)
+        assert background() == 0
+        assert not place.service.list()[0].graduated
+        place.service.detach("x")
+    device = place.service.attach(place.config, "x")
+    until(lambda: place.service.list()[0].graduated, 120)
+    assert read_direct(device.path, 0, SIZE) == place.content
+    place.service.detach("x")
+    assert place.service.attach(place.config, "y").graduated

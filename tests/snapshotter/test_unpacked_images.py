@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.containerd
 
-SETTINGS = {"completion": True, "graduation": True, "download_delay_s": 0.0, "download_delay_extra_s": 0.0}
+#: The default, without the minutes of delay.
+SETTINGS = {"download_delay_s": 0.0, "download_delay_extra_s": 0.0}
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         "and puts that in the place of the device's server, without a pause for its users. All layers must be "
         "local files or in the cache whole (--download does that). Costs as much disk as the image has data "
         "unpacked, once for all devices of the image. A device with ext4 or xfs mounted must have been attached "
-        'with "graduation" on (docs/reference/configuration.md), which does all of this by itself.'
+        'with "graduation" or "completion" on (docs/reference/configuration.md), which do all of this by themselves.'
     )
     parser.add_argument("device", metavar="DEVICE", help="id, or node such as /dev/loop3")
     parser.add_argument("--low-priority", action="store_true", help="run at the lowest priority")

@@ -22,13 +22,12 @@ from obdlab.lab.baselines.adapter import Source, check_programs, is_published
 from obdlab.lab.kinds.kind import Bench
 from obdlab.lab.testbed import coldness
 from obdlab.lab.testbed.cgroups import DISKS
-from obdlab.lab.testbed.containerd import OwnContainerd
+from obdlab.lab.testbed.containerd import MEASURED, OwnContainerd
 from obdlab.lab.testbed.leftovers import cleanup_leftovers
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.lab.testbed.registry import RegistryHost, Traffic
 from obdlab.lab.testbed.residency import resident_below
 from obdlab.registry.client import RegistryClient
-from obdlab.settings.settings import Settings
 from obdlab.system.processes import stat_of
 
 if TYPE_CHECKING:
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
     from obdlab.lab.testbed.netns import LinkCounters
     from obdlab.lab.testbed.registry import Request
     from obdlab.lab.testbed.startedcontainer import RunningContainer
+    from obdlab.settings.settings import Settings
 
 # Background fetching counts as finished when the registry has been still for this long.
 _STILL_S = 1.0
@@ -91,7 +91,7 @@ class _Cell:
 
 def host_settings(options: Mapping[str, Option]) -> Settings:
     """Return the settings for opening images, without the place of the cache. Raises SettingsError."""
-    return Settings().with_values(options["settings"], name="settings")
+    return MEASURED.with_values(options["settings"], name="settings")
 
 
 class StartBench(Bench):

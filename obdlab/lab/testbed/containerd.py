@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from obdlab.lab.images.recipe import Probe
 
 LAZY_SNAPSHOTTER = "obdlab"
+#: Settings of measured hosts: besides what a start asks for, nothing is fetched or unpacked unless an arm says so.
+MEASURED = Settings(completion=False)
 _CONNECT_S = 60.0
 # If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then, unless
 # all measure with it.
@@ -78,7 +80,7 @@ class OwnContainerd(Closing):
         self.logs = directory / "logs"
         self._state_dir = state_dir
         self._proxies = tuple(proxies)
-        self._settings = replace(settings or Settings(), cache_dir=self.cache_dir)
+        self._settings = replace(settings or MEASURED, cache_dir=self.cache_dir)
         self._served: dict[str, Path] = {}
         self._always_lazy, self.unpigz = always_lazy, unpigz
         # Go's programs and OpenSSL both read the certificates that they trust from this file.
