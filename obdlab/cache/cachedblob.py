@@ -183,6 +183,10 @@ class CachedBlob(Blob):
         """Return True if all units of the bytes ``[begin, end)`` are cached; their content is not looked at."""
         return all(self._files.present(begin // self._unit, -(-end // self._unit)))
 
+    def missing_bytes(self) -> int:
+        """Return about how many bytes of the blob are not cached."""
+        return max(0, self._size - self._files.cached_units() * self._unit)
+
     def missing_piece(self, unit: int, length: int = PIECE) -> tuple[int, int] | None:
         """Return the next missing units from ``unit`` on, at most ``length`` bytes; None if all are cached."""
         most = max(1, length // self._unit)

@@ -11,6 +11,7 @@ a trace or a hot layer is under way        its pieces, while no reader waits for
 the link is fast                           the rest, in pieces that pass in ``_PASSES_S``, as many as fill the link
 the link is slow or not known yet          nothing more before the delay; then the rest, one piece after another
 the day's bytes are used up, link metered  nothing more
+the cache has no room for all of it        nothing more (:mod:`obdlab.cache.ahead.download` asks it)
 ========================================  ========================================================================
 """
 
@@ -124,6 +125,7 @@ class Why(enum.Enum):
     DONE = "all of it is there"
     METERED = "the link is said to be metered"
     BUDGET = "the bytes of this day are used up"
+    ROOM = "the cache has no room for all of it (cache_quota, cache_min_free)"
     READER = "a reader waits, or did a moment ago"
     ANNOUNCED = "the parts of a trace come first"
     DELAY = "too early for a link of this speed"

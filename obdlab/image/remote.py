@@ -260,7 +260,8 @@ class RemoteLayers:
         at_once = settings.completion_at_once
         if settings.completion and (at_once or not settings.download_enabled):
             allowance = Allowance(self._cache.space, settings.completion_bytes_per_day)
-            options = replace(options, at_once=at_once, allowance=allowance, metered=metered)
+            make_room = self._cache.space.make_room
+            options = replace(options, at_once=at_once, allowance=allowance, metered=metered, room=make_room)
         BackgroundDownload(blobs, options).start()
 
     def unverified(self) -> int:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from obdlab.cache.admin import entries
+from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.space import CacheSpace
+from obdlab.cache.unpacked import FlatFiles
 from obdlab.image.config import ImageConfig
 from obdlab.image.open import Image, open_image
 from obdlab.lab.testbed.netns import ExperimentNetwork
@@ -99,6 +101,33 @@ def test_not_over_a_metered_link(
 
 
 @pytest.mark.kernel
+def test_not_into_a_cache_without_room(
+    registry_server: RegistryServer,
+    settings: Settings,
+    layer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing is fetched in vain, the log says why once, and it goes on when there is room."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr("obdlab.cache.ahead.download._ROOM_LOOK_S", 0.05)
+    config = push(registry_server, "completion/room", [layer])
+    small = replace(settings, cache_quota=40 * MIB, cache_min_free=0)
+    other = FlatFiles(EvictingSpace(small.cache_dir, quota=small.cache_quota))
+    other.store("other", 20 * MIB, 20 * MIB, lambda offset, length: DATA[offset : offset + length])
+    with opened(config, small) as image:
+        touch(image)
+        wait_until(lambda: "no room for all of it" in caplog.text)
+        time.sleep(0.5)
+        assert image.statistics()["background_bytes"] == 0
+        assert caplog.text.count("no room for all of it") == 1
+        assert other.path("other").exists(), "used a moment ago"
+        monkeypatch.setattr("obdlab.cache.eviction.FRESH_S", -1.0)
+        wait_until(lambda: image.unverified() == 0)
+        assert not other.path("other").exists()
+        assert image.read_at(0, SIZE) == DATA
+
+
 def test_behind_a_shaped_link(state_dir: Path, tmp_path: Path, settings: Settings, layer: Path) -> None:
     """Counted, not timed: this machine may be busy, which makes the link look slower, never faster."""
     with (

@@ -365,3 +365,38 @@ def test_by_default_an_image_of_a_registry_becomes_local(place: Place, registry_
     assert read_direct(device.path, 0, SIZE) == place.content
     place.service.detach("x")
     assert place.service.attach(place.config, "y").graduated
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_while_it_completes(place: Place, registry_server: RegistryServer, rounds: int) -> None:
+    """Its server, at any time: each read has the right bytes, and the image becomes local all the same."""
+    config = push(registry_server, "local/killed", [place.directory / "layer.obd"])
+    place.save(lowers=config.lowers, repo_blob_url=config.repo_blob_url)
+    slowly = {"download_delay_s": 0.0, "download_delay_extra_s": 0.0, "download_bytes_per_s": 6.0 * MIB}
+    place.settings = place.settings.with_values(slowly, name="test")
+    chooser = random.Random(rounds)
+    killed = 0
+    for _ in range(rounds):
+        device = place.service.attach(place.config, "x")
+        for _ in range(4):
+            time.sleep(chooser.uniform(0, 0.8))
+            record = DeviceRecord.load(place.service.run_dir.device("x"))
+            assert record is not None
+            if record.is_graduated:
+                break
+            with suppress(ProcessLookupError):
+                kill(record.pid)
+                killed += 1
+            at = chooser.randrange(SIZE // MIB) * MIB
+            assert read_direct(device.path, at, MIB) == place.content[at : at + MIB]
+            assert place.service.list()[0].alive
+        until(lambda: place.service.list()[0].graduated, 120)
+        assert read_direct(device.path, 0, SIZE) == place.content
+        place.service.detach("x")
+        until(lambda: not unpackers())
+        clean_up(place.service)
+        space = EvictingSpace(place.settings.cache_dir)
+        assert space.count() == disk_usage(space.directory)
+        shutil.rmtree(space.directory)
+    assert killed

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 0.2
 # Pause for a blob that another process downloads, or that failed.
 _LATER_S = 1.0
+# Until the cache is asked again for room that it did not have.
+_ROOM_LOOK_S = 60.0
 # Time over which the rate is measured that all pieces together achieve.
 _MEASURED_S = 0.25
 
@@ -56,6 +58,8 @@ class DownloadOptions:
     allowance: Allowance | None = None
     #: Tells if the link is metered, which ends the download.
     metered: Callable[[], bool] | None = None
+    #: Makes room in the cache for so many bytes, and returns how many may be stored. None: fetch without asking.
+    room: Callable[[int], int] | None = None
 
 
 class _ClosedError(Exception):
@@ -121,6 +125,7 @@ class BackgroundDownload:
             self._sleep(one.blob, one.not_before - time.monotonic())
             if not one.blob.verified:
                 self._wait_for_turn(one.blob)
+                self._wait_for_room(one.blob, waiting)
             with _sole_downloader(one.blob) as mine:
                 if one.blob.verified:
                     waiting.remove(one)
@@ -148,6 +153,20 @@ class BackgroundDownload:
     def _wait_for_turn(self, blob: CachedBlob) -> None:
         while (step := self._decide(blob, 1)).why not in (Why.FETCH, Why.RATE):
             self._pause(blob, step)
+
+    # For the rest of the image: one that is never whole costs the registry its bytes, and its reader still a server.
+    def _wait_for_room(self, blob: CachedBlob, waiting: Sequence[_Waiting]) -> None:
+        while self._options.room is not None:
+            wanted = sum(one.blob.missing_bytes() for one in waiting)
+            try:
+                room = self._options.room(wanted)
+            except OSError as error:
+                logger.info("%s: cannot see how much room the cache has: %s", blob.name, error)
+                return
+            if room >= wanted:
+                return
+            self._say(blob, Why.ROOM)
+            self._sleep(blob, _ROOM_LOOK_S)
 
     def _download(self, blob: CachedBlob) -> bool:
         # Returns True if the blob is complete and verified now.
@@ -196,12 +215,18 @@ class BackgroundDownload:
                 metered=options.metered is not None and options.metered(),
             )
         )
-        if step.why in (Why.METERED, Why.BUDGET) and step.why not in self._told:
-            self._told.add(step.why)
-            logger.info("%s: not completed now: %s", blob.name, step.why.value)
+        if step.why in (Why.METERED, Why.BUDGET):
+            self._say(blob, step.why)
         if step.why is Why.METERED:
             raise _ClosedError
         return step
+
+    # Once for each reason.
+    def _say(self, blob: CachedBlob, why: Why) -> None:
+        if why not in self._told:
+            self._told.add(why)
+            level = logging.WARNING if why is Why.ROOM else logging.INFO
+            logger.log(level, "%s: not completed now: %s", blob.name, why.value)
 
     def _request(self, blob: CachedBlob, first: int, stop: int) -> None:
         length = blob.length_of(first, stop)
