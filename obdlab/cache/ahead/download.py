@@ -56,7 +56,7 @@ class DownloadOptions:
     at_once: bool = False
     #: The bytes of this day; None: no limit.
     allowance: Allowance | None = None
-    #: Tells if the link is metered, which ends the download.
+    #: True if the link is metered, which ends the download.
     metered: Callable[[], bool] | None = None
     #: Makes room in the cache for so many bytes, and returns how many may be stored. None: fetch without asking.
     room: Callable[[int], int] | None = None

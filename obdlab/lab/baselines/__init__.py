@@ -9,6 +9,7 @@ from obdlab.lab.baselines.adapter import Adapter
 from obdlab.lab.baselines.erofslayers import ErofsLayers
 from obdlab.lab.baselines.file import Erofs, PlainLoop
 from obdlab.lab.baselines.lazy import Lazy, LazySmall, Verified
+from obdlab.lab.baselines.localforms import Local, LocalCompressed
 from obdlab.lab.baselines.overlayfs import Overlayfs, OverlayfsUnpigz
 from obdlab.lab.baselines.recorded import Hot, Prefetch
 from obdlab.lab.baselines.soci import Soci
@@ -23,6 +24,8 @@ _ALL = (
     Lazy(),
     LazySmall(),
     Verified(),
+    Local(),
+    LocalCompressed(),
     Prefetch(),
     Hot(),
     Turbo(),

@@ -9,6 +9,7 @@ from obdlab.lab.kinds.build import Build
 from obdlab.lab.kinds.codec import Codec
 from obdlab.lab.kinds.conversion import Conversion
 from obdlab.lab.kinds.depth import Depth
+from obdlab.lab.kinds.diskforms import Forms
 from obdlab.lab.kinds.emulation import Swarm
 from obdlab.lab.kinds.fio import Fio
 from obdlab.lab.kinds.index import Index
@@ -27,6 +28,7 @@ KINDS: dict[str, Kind] = {
         Index(),
         Depth(),
         Fio(),
+        Forms(),
         Build(),
         LazyBuild(),
         Conversion(),

@@ -1,4 +1,4 @@
-"""Random reads of a block device by fio: a plain loop device beside obdlab's, raw and compressed, by queue depth.
+"""Random reads of a block device by fio: a plain loop device beside obdlab's, raw, compressed and unpacked, by depth.
 
 (The paper's figure 22.) fio reads with O_DIRECT, past the page cache of the device. The file below the device (raw
 file or layer) is dropped from the page cache before each point, and fills it again during the measurement.
@@ -20,6 +20,7 @@ from obdlab.lab.testbed.process import LabError, run
 from obdlab.layerfiles.diskimport import import_disk
 from obdlab.layerfiles.writing import Packing
 from obdlab.server.client import DeviceService
+from obdlab.server.unpacking import graduate
 from obdlab.settings.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _PACKINGS = {
     "obdlab-lz4": Packing("lz4", 4096),
     "obdlab-zstd": Packing("zstd", 16384),
 }
+#: The compressed layer once its device has graduated: a loop device on the unpacked disk.
+_LOCAL = "obdlab-local"
 
 
 class Fio(Kind):
@@ -41,7 +44,7 @@ class Fio(Kind):
 
     name: ClassVar[str] = "fio"
     axes: ClassVar[Mapping[str, tuple[Value, ...]]] = {
-        "device": ("loop", *_PACKINGS),
+        "device": ("loop", *_PACKINGS, _LOCAL),
         "iodepth": (1, 4, 16, 64, 128),
         "rw": ("randread",),
         "bs": (8192,),
@@ -79,6 +82,8 @@ class Fio(Kind):
                 config = place.work / f"{name}.json"
                 ImageConfig(lowers=(LowerConfig(file=str(layer)),)).save(config)
                 devices[name] = (service.attach(config, name, served=True).path, layer)
+            local = service.attach(config, _LOCAL)
+            devices[_LOCAL] = (local.path, graduate(service.run_dir, _LOCAL).path)
             yield lambda point: _measure(devices, point, float(options["seconds"]))
 
 

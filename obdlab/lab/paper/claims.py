@@ -129,7 +129,7 @@ def _scan(run: q.Run, disk: str, enough: float) -> Check:
         by_arm = {arm: _of(rows, arm) for arm in sorted({row["arm"] for row in rows if AA_SUFFIX not in row["arm"]})}
         medians = {arm: median_interval(samples(each, "total_s")).median for arm, each in by_arm.items()}
         ranked = sorted(medians, key=lambda arm: medians[arm])
-        others = [arm for arm in ranked if arm != _COLD]
+        others = [arm for arm in ranked if not arm.startswith(_COLD)]
         if _COLD not in medians or not others:
             return Outcome(Verdict.NOT_MEASURED, runs=(run,))
         ours, theirs = by_arm[_COLD], by_arm[others[0]]

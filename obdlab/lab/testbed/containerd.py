@@ -46,6 +46,7 @@ LAZY_SNAPSHOTTER = "obdlab"
 #: Settings of measured hosts: besides what a start asks for, nothing is fetched or unpacked unless an arm says so.
 MEASURED = Settings(completion=False)
 _CONNECT_S = 60.0
+_COMPLETE_S = 600.0
 # If unpigz is installed, containerd unpacks layers with it on another core; hosts could not be compared then, unless
 # all measure with it.
 _NO_PIGZ = {"CONTAINERD_DISABLE_PIGZ": "1"}
@@ -262,6 +263,23 @@ class OwnContainerd(Closing):
         }
         run(words, timeout_s=timeout_s, environment=settings)
 
+    def complete(self, config: Path, device_id: str) -> None:
+        """Fetch an image whole and unpack it at once, by a device that is gone afterwards. Raises LabError."""
+        settings = replace(
+            self._settings,
+            download_enabled=True,
+            download_delay_s=0.0,
+            download_delay_extra_s=0.0,
+            download_bytes_per_s=0.0,
+            graduation=True,
+        )
+        service = DeviceService(self.devices.run_dir.path, settings)
+        service.attach(config, device_id)
+        try:
+            wait_until(lambda: _graduated(service, device_id), f"unpacked disk of {config}", _COMPLETE_S, 0.1)
+        finally:
+            service.detach(device_id)
+
     def plain_http(self, reference: str) -> tuple[str, ...]:
         """Return the option of ``ctr`` for a reference to the registry without TLS, or nothing."""
         return ("--plain-http",) if reference.startswith("127.") else ()
@@ -423,6 +441,10 @@ level = "info"
         remove_runtime_state(self.namespace)
         for path in (self.state, *self._roots, self.cache_dir):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _graduated(service: DeviceService, device_id: str) -> bool:
+    return any(device.graduated for device in service.list() if device.device_id == device_id)
 
 
 _STAGES = (("/containers/create", "id"), ("/tasks/create", "container_id"), ("/tasks/start", "container_id"))

@@ -103,6 +103,20 @@ def test_images_as_one_file_start_like_the_others(tmp_path: Path, paths: LabPath
 
 
 @pytest.mark.containerd
+def test_images_completed_beforehand_start_without_registry_and_server(tmp_path: Path, paths: LabPaths) -> None:
+    names = ["obdlab-local", "obdlab-local-compressed"]
+    spec = SPEC.with_values(snapshotters=names, a_a=False, repeats=1, dropped_starts=1)
+    experiment = Experiment(spec, tmp_path / "results", paths)
+    experiment.run()
+    rows = experiment.rows()
+    assert [row.get("error") for row in rows] == [None] * 6
+    for row in rows:
+        assert (row["requests"] > 0) == (row["start"] == "cold")
+        assert (row["evidence"]["resident_bytes"] > 0) == (row["start"] == "warm")
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
+@pytest.mark.containerd
 def test_full_pulls_and_all_arms_over_tls(tmp_path: Path, paths: LabPaths) -> None:
     names = ["overlayfs", "overlayfs-zstd", "erofs-layers", "obdlab-64k"]
     spec = SPEC.with_values(snapshotters=names, a_a=False, warm_starts=0, tls=True)

@@ -24,6 +24,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "axes": {"iodepth": [1]},
         "options": {"image": "tiny", "size_mib": 2, "seconds": 0.2},
     },
+    "forms": {"axes": {"work": ["read"], "disk": ["native"]}, "options": {"image": "tiny", "reads": 10}},
     "build": {"options": {"files": 20, "mean_kib": 8}},
 }
 
