@@ -31,10 +31,11 @@ class FetchPool:
         with self._lock:
             if self._jobs.qsize() >= self._max_queued:
                 return False
-            if self._idle <= self._jobs.qsize() and self._threads < self._max_threads:
+            if self._unfinished >= self._threads and self._threads < self._max_threads:
                 self._add_thread()
             if self._threads == 0:
                 return False
+            self._unfinished += 1
             self._jobs.put(job)
         return True
 
@@ -49,7 +50,8 @@ class FetchPool:
         self._lock = threading.Lock()
         self._jobs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads = 0
-        self._idle = 0
+        # Jobs in the queue and in threads. (A count of waiting threads would have those that have just taken a job.)
+        self._unfinished = 0
 
     def _work(self) -> None:
         while (job := self._next_job()) is not None:
@@ -57,17 +59,14 @@ class FetchPool:
                 job()
             except Exception:
                 logger.exception("background fetch failed unexpectedly")
+            with self._lock:
+                self._unfinished -= 1
 
     def _next_job(self) -> Callable[[], None] | None:
-        with self._lock:
-            self._idle += 1
         try:
             return self._jobs.get(timeout=_IDLE_S)
         except queue.Empty:
             pass
-        finally:
-            with self._lock:
-                self._idle -= 1
         with self._lock:
             # A job may have been queued since the time-out, counting on this thread.
             try:

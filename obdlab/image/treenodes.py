@@ -41,7 +41,8 @@ _SMALL_FILE = 32 << 10
 # Nodes that are no further apart in the file are fetched by one request.
 _GAP = 16 << 10
 
-_pool = FetchPool(threads=8, queued=64)
+# As many as layers are opened at a time: opening waits for the nodes of all.
+_pool = FetchPool(threads=32, queued=64)
 
 
 class KeptNodes:
@@ -94,6 +95,8 @@ class TreeNodes:
         self._file = file
         self._origin = origin or file
         self._kept = kept
+        self._lock = threading.Lock()
+        self._requested: set[NodeId] = set()
         #: Name of the directory of the block cache with the checked units.
         self.name = tree.cache_name
 
@@ -105,9 +108,13 @@ class TreeNodes:
     def request(self, begin: int, end: int) -> None:
         """Begin to fetch, in other threads, the missing nodes for the bytes ``[begin, end)``. Never fails."""
         missing = self._missing(begin, end)
+        with self._lock:
+            missing = [node for node in missing if node not in self._requested]
+            self._requested.update(missing)
         if missing:
             for run in self._runs(missing):
-                _pool.submit(partial(self._fetch_run, run))  # refused: first_wrong() fetches them
+                if not _pool.submit(partial(self._fetch_run, run)):  # first_wrong() fetches them
+                    self._end_of(run)
 
     def first_wrong(self, offset: int, data: Buffer, call: Call | None = None) -> int | None:
         """Return the offset of the first wrong unit in ``data``, whole units at ``offset``; None if all are right.
@@ -201,9 +208,18 @@ class TreeNodes:
             run.append(node)
         yield run
 
+    def _end_of(self, run: Sequence[NodeId]) -> None:
+        with self._lock:
+            self._requested.difference_update(run)
+
     def _fetch_run(self, run: Sequence[NodeId]) -> None:
-        if all(self._kept.get(self, node) is not None for node in run):
-            return  # first_wrong() was sooner
+        try:
+            if any(self._kept.get(self, node) is None for node in run):  # else first_wrong() was sooner
+                self._fetch(run)
+        finally:
+            self._end_of(run)
+
+    def _fetch(self, run: Sequence[NodeId]) -> None:
         begin, end = self._shape.place(run[0])[0], sum(self._shape.place(run[-1]))
         try:
             data = self._read(self._file, begin, end - begin, None)

@@ -61,7 +61,8 @@ class ImageDevices:
         self._failures: dict[int, _Failure] = {}
         self._host_start: threading.Thread | None = None
         self._guard = threading.Lock()
-        self._priming = Priming(devices)
+        self._attaching: set[int] = set()
+        self._priming = Priming(devices, self._is_started)
         self._shares = Shares()
         #: Called with the snapshot id of an image that is not read lazily, and the reason.
         self.on_fallback: Callable[[int, str], None] = lambda _, __: None
@@ -116,6 +117,8 @@ class ImageDevices:
         failure = self._failures.get(snapshot_id)
         if failure is not None and asked_s <= failure.ended_s:
             raise restored(failure.cause.code, str(failure.cause)) from failure.cause
+        with self._guard:
+            self._attaching.add(snapshot_id)
         try:
             registry = self._registry_of(snapshot_id)
             with self._shares.attach(registry, self._devices.settings.open_deadline_s) if registry else nullcontext():
@@ -123,8 +126,16 @@ class ImageDevices:
         except ObdlabError as error:
             self._failures[snapshot_id] = _Failure(error, time.monotonic())
             raise
+        finally:
+            with self._guard:
+                self._attaching.discard(snapshot_id)
         self._failures.pop(snapshot_id, None)
         return path
+
+    def _is_started(self, image: ImageConfig) -> bool:
+        with self._guard:
+            started = self._attaching | set(self._live)
+        return image.lowers[-1].dir in {str(self._layout.fs(snapshot_id)) for snapshot_id in started}
 
     def _mount_anew(self, snapshot_id: int, target: Path, spec: FsSpec, mode: Mode, *, make: bool) -> Path:
         if mode is Mode.OVERLAYFS:

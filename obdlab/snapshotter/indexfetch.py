@@ -16,7 +16,7 @@ from obdlab.errors import ObdlabError
 from obdlab.image.config import ImageConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from obdlab.image.config import LowerConfig
     from obdlab.server.client import Devices
@@ -32,8 +32,10 @@ _MOST_STARTS = 4
 class Priming:
     """Hands queued images to ``devices``, in batches, from a thread that ends when the queue is empty."""
 
-    def __init__(self, devices: Devices) -> None:
+    def __init__(self, devices: Devices, is_started: Callable[[ImageConfig], bool] = lambda _: False) -> None:
+        """``is_started`` returns True for an image with a device, which fetches the rest by itself."""
         self._devices = devices
+        self._is_started = is_started
         self._guard = threading.Lock()
         self._waiting: list[ImageConfig] = []
         self._thread: threading.Thread | None = None
@@ -73,7 +75,8 @@ class Priming:
                 pulled += images
             else:
                 for image in _whole(pulled):
-                    self._begin_start(image)
+                    if not self._is_started(image):  # a second connection would only delay it
+                        self._begin_start(image)
                 pulled = []
 
     def _fetch_indexes(self, images: Iterable[ImageConfig]) -> None:

@@ -1,6 +1,6 @@
 """What cold walks over lazy images wait for: round trips, requests and bytes, at 100 Mbit/s and 20 ms. Needs root.
 
-    python -m tests.benchmarks.cold_walk LAYOUT... [--rate 100] [--rtt 20]
+    python -m tests.benchmarks.cold_walk LAYOUT... [--rate 100] [--rtt 20] [--trees]
 
 Each LAYOUT is a converted image (obdlab image convert IMAGE oci:LAYOUT). It is pushed to a registry behind a shaped
 link, attached with an empty cache and mounted; then the tree is walked. "Rounds" is the longest chain of requests for
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+from obdlab.cli.main import main as obdlab
 from obdlab.devices.fuse_loop import FuseLoopDevice
 from obdlab.image.from_manifest import fetch_config
 from obdlab.image.open import open_image
@@ -66,12 +67,21 @@ def walk(host: RegistryHost, reference: str, command: Sequence[str], directory: 
     return [request for request in host.requests(begin, end) if request.method == "GET" and request.blob]
 
 
+def protected(reference: str) -> str:
+    """Give the image's layers hash trees; return the reference of the image with them."""
+    new = f"{reference}-trees"
+    if obdlab(["image", "protect", reference, new]) != 0:
+        raise SystemExit("no hash trees")
+    return new
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("layouts", nargs="+", metavar="LAYOUT", type=Path)
     parser.add_argument("--rate", type=float, default=100.0, metavar="MBIT")
     parser.add_argument("--rtt", type=float, default=20.0, metavar="MS")
     parser.add_argument("--walks", nargs="+", choices=WALKS, default=["open", "find", "du"])
+    parser.add_argument("--trees", action="store_true", help="with hash trees, by which each read is checked")
     parser.add_argument("--requests", action="store_true", help="print each: when it came, how long it took")
     args = parser.parse_args()
     with (
@@ -81,6 +91,9 @@ def main() -> None:
     ):
         for layout in args.layouts:
             reference = host.push_layout(layout, f"walk/{layout.name.lower()}")
+            if args.trees:
+                with network.unshaped():
+                    reference = protected(reference)
             host.preload()
             for name in args.walks:
                 with tempfile.TemporaryDirectory(dir=work, ignore_cleanup_errors=True) as directory:

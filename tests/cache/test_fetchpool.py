@@ -24,6 +24,20 @@ def test_jobs_run_and_a_full_queue_says_so() -> None:
         assert ran.acquire(timeout=60)
 
 
+def test_each_job_has_a_thread_while_there_are_any() -> None:
+    for _ in range(50):
+        pool = FetchPool(threads=8, queued=8)
+        together = threading.Barrier(8)
+        done = threading.Semaphore(0)
+
+        def job(together: threading.Barrier = together, done: threading.Semaphore = done) -> None:
+            together.wait(60)
+            done.release()
+
+        assert all(pool.submit(job) for _ in range(8))
+        assert all(done.acquire(timeout=60) for _ in range(8))
+
+
 def test_no_thread_to_be_had_is_a_no(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = FetchPool(threads=2, queued=8)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from contextlib import closing
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from obdlab.formats.oci import digest_of
 from obdlab.image.checkedblob import CheckedBlob
 from obdlab.image.treenodes import KeptNodes, TreeNodes
 from obdlab.observe.counters import counted
+from tests.cache.origin import wait_until
 from tests.image.trees import Origin, cached, checked, content, flipped, forged, same_crc, tree_of
 
 SMALL = content(3000)  # one unit, without a file
@@ -332,3 +334,23 @@ def test_any_unit_of_the_cache_works(tmp_path: Path, unit: int) -> None:
     with cached(tmp_path, origin, data, unit=unit) as blob:
         read_twice(blob, data)
     assert sum(length for _, length in origin.reads) == len(data)
+
+
+def test_the_nodes_of_many_layers_are_fetched_at_once_and_each_once(large_tree: HashTree) -> None:
+    class Waiting(Origin):
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            together.wait(60)
+            return super().read_at(offset, length, call)
+
+    together = threading.Barrier(20)
+    files = [Waiting(large_tree.file) for _ in range(20)]
+    layers = [
+        TreeNodes("layer", digest_of(LARGE), len(LARGE), large_tree.reference, file, KeptNodes()) for file in files
+    ]
+    for _ in range(3):  # as the beginning of a layer and its end are read
+        for layer in layers:
+            layer.request(0, len(LARGE))
+    wait_until(lambda: all(file.reads for file in files) and not any(layer._requested for layer in layers))
+    for layer in layers:
+        assert layer.first_wrong(0, LARGE[:UNIT]) is None
+    assert all(len(file.reads) == 1 for file in files)

@@ -81,6 +81,17 @@ def test_the_start_of_a_whole_image_is_fetched_once_its_layers_are_there() -> No
     assert sorted(devices.starts, key=str) == sorted(whole, key=str)
 
 
+def test_an_image_that_is_started_is_left_to_its_server() -> None:
+    devices = Devices()
+    devices.go_on.set()
+    priming = Priming(devices, lambda image: image.lowers[-1].digest.endswith("1"))  # type: ignore[arg-type]
+    for made in (image("x", 0, 1), image("y", 2)):
+        priming.add(made)
+    assert priming.wait(WAIT_S)
+    assert devices.starts == [image("y", 2)]
+    assert len(asked(devices)) >= 1
+
+
 def test_a_slow_start_delays_no_other_image() -> None:
     devices = Devices()
     devices.go_on.set()
