@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from obdlab.lab.baselines.adapter import Source
-    from obdlab.lab.images.recipe import Probe
+    from obdlab.lab.images.recipe import Recipe
     from obdlab.lab.testbed.containerd import OwnContainerd
     from obdlab.lab.testbed.registry import RegistryHost
     from obdlab.registry.client import RegistryClient
@@ -53,12 +53,12 @@ class Stargz(Overlayfs):
     def publish(self, host: OwnContainerd, source: Source, client: RegistryClient, reference: str) -> None:
         """Convert the layers one by one, in containerd's content store."""
         with fetched(host, source, client, reference) as plain:
-            words = ("images", *self.conversion(source.recipe.probe), plain, reference)
+            words = ("images", *self.conversion(source.recipe), plain, reference)
             run(["ctr-remote", *host.ctr[1:], *words], timeout_s=_CONVERT_TIMEOUT_S)
             run([*host.ctr, "images", "push", "--plain-http", reference], timeout_s=_CONVERT_TIMEOUT_S)
             run([*host.ctr, "images", "remove", "--sync", reference])
 
-    def conversion(self, probe: Probe) -> tuple[str, ...]:
+    def conversion(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the command of ``ctr-remote images`` that converts, with its options."""
         return ("convert", "--estargz", "--oci")
 
@@ -99,7 +99,7 @@ class StargzZstd(Stargz):
         """Return the tag of the converted image."""
         return f"{source.identity}-zstdchunked1"
 
-    def conversion(self, probe: Probe) -> tuple[str, ...]:
+    def conversion(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the command of ``ctr-remote images`` that converts, with its options."""
         return ("convert", "--zstdchunked", "--oci")
 
@@ -113,13 +113,16 @@ class StargzRecorded(Stargz):
 
     def tag(self, source: Source) -> str:
         """Return the tag of the optimized image."""
-        return f"{source.identity}-estargz-recorded1"
+        return f"{source.identity}-estargz-recorded2"
 
-    def conversion(self, probe: Probe) -> tuple[str, ...]:
+    def conversion(self, recipe: Recipe) -> tuple[str, ...]:
         """Return the command of ``ctr-remote images`` that records a start and converts, with its options."""
+        probe, config = recipe.probe, recipe.config
         period = ("--period", f"{probe.timeout_s:.0f}", "--wait-on-line", probe.ready_line)
-        command = ("--entrypoint", json.dumps(probe.command), "--args", "[]") if probe.command else ()
-        return ("optimize", "--oci", *period, *command)
+        command = probe.command or (*config.entrypoint, *config.command)
+        # The recorder looks for the line in standard output alone; without it, it records for the whole period.
+        merged = json.dumps(["/bin/sh", "-c", 'exec "$@" 2>&1', "sh", *command])
+        return ("optimize", "--oci", *period, *(("--entrypoint", merged, "--args", "[]") if command else ()))
 
 
 @contextmanager
