@@ -415,6 +415,23 @@ def _swarm(key: str, form: str) -> Callable[[], str]:
     return made
 
 
+# Bytes, which busy processors do not change.
+def _swarm_bytes() -> str:
+    rows = sorted(_rows("swarm"), key=lambda row: (row["topology"], row["hosts"]))
+    lines = [
+        [
+            row["topology"],
+            str(row["hosts"]),
+            *(f"{row[key]:.3f}" for key in ("origin_sets", "peer_sets", "most_sent_sets")),
+            f"{row['failovers']:.0f}",
+            f"{row['cpu_share']:.0%}",
+        ]
+        for row in rows
+    ]
+    head = ("topology", "hosts", "from the registry", "from hosts", "most of one host", "left", "processors busy")
+    return _table(head, lines)
+
+
 def _swarm_conditions() -> str:
     rows = Results(MEASURED / "evaluation").rows(SWARM)
     if not rows:
@@ -579,6 +596,7 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "simulated-scale": _simulated_scale,
     "simulated-trees": _simulated_trees,
     "simulated-churn": _churn,
+    "swarm-bytes": _swarm_bytes,
     "swarm-median": _swarm("median_s", ".2f"),
     "swarm-slowest": _swarm("slowest_s", ".2f"),
     "swarm-origin": _swarm("origin_sets", ".2f"),
