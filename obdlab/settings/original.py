@@ -314,7 +314,5 @@ class _Original:
             self._note("prefetchConfig.concurrency", "a replay has at most 8 requests under way, whatever this says")
         if self._values.get("serviceConfig.enable"):
             address = self._values.get("serviceConfig.address") or _SNAPSHOT_ADDRESS
-            self._set("serviceConfig.address", snapshot_api_address=address)
-            self._note(
-                "serviceConfig", "not started by this file; obdlab serve snapshot-api listens there, for a token"
-            )
+            self._set("serviceConfig.address", snapshot_api=True, snapshot_api_address=address)
+            self._note("serviceConfig", "obdlab serve snapshotter listens there, for a token; serve tcmu does not")

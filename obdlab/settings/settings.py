@@ -112,6 +112,8 @@ class Settings:
     #: The kernel's read-ahead on devices, and around page faults of files mapped from them, in KiB. With 32 a start
     #: reads a fifth less, which pays on slow links (docs/how-to/prefetch.md).
     device_readahead_kib: int = 128
+    #: True if ``obdlab serve snapshotter`` runs the API for live snapshots beside itself.
+    snapshot_api: bool = False
     #: Address of ``obdlab serve snapshot-api``: ``http://HOST:PORT``; "": a unix socket in the run directory.
     snapshot_api_address: str = ""
     #: True if the API accepts requests as the original does: without a token, with any verb, from any page.

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -84,6 +85,36 @@ def test_an_exporter_lives_as_long_as_its_snapshotter(tmp_path: Path, end: signa
     until_refused(port)
     for line in (tmp_path / "log").read_text().splitlines():
         assert json.loads(line).keys() >= {"time", "level", "logger", "pid", "message"}
+    clean_up(DeviceService(run_dir, Settings()))
+
+
+def test_the_service_of_live_snapshots_is_started_by_the_originals_settings(tmp_path: Path) -> None:
+    port, run_dir = free_port(), tmp_path / "run"
+    settings = tmp_path / "overlaybd.json"
+    address = f"http://127.0.0.1:{port}"
+    settings.write_text(json.dumps({"serviceConfig": {"enable": True, "address": address}}))
+    command = [sys.executable, "-m", "obdlab", "serve", "snapshotter", "--root", str(tmp_path / "root")]
+    command += ["--address", str(tmp_path / "s.sock"), "--run-dir", str(run_dir), "--settings", str(settings)]
+    command += ["--cache-dir", str(tmp_path / "cache")]
+    body = b'{"dev_id": "none", "config": "/none"}'
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stderr is not None
+            while f"listening on {address}" not in (line := process.stderr.readline()):
+                assert line, "it ended"
+            token = (run_dir / "snapshot-api.token").read_text().strip()
+            for given, status in ((token, 404), ("x" * 20, 401)):
+                headers = {"Authorization": f"Bearer {given}", "Content-Type": "application/json"}
+                request = urllib.request.Request(f"{address}/snapshot", body, headers)
+                with pytest.raises(urllib.error.HTTPError) as caught:
+                    urllib.request.urlopen(request, timeout=30)
+                assert caught.value.code == status
+                caught.value.close()
+            wait_until(lambda: host_process(run_dir) is not None)
+        finally:
+            process.kill()
+        process.wait(60)
+    until_refused(port)
     clean_up(DeviceService(run_dir, Settings()))
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from obdlab.cli.common import add_runtime_options, device_service_from, need_root
 from obdlab.observe import stacks
-
-if TYPE_CHECKING:
-    import argparse
 
 _DESCRIPTION = """\
 Takes live snapshots by HTTP requests, POST /snapshot with a JSON object of "dev_id" (a device of the run directory)
@@ -48,6 +46,7 @@ def declare(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="take requests as the original does: any verb, parameters in the query, and no token",
     )
+    parser.add_argument("--end-with-parent", type=int, metavar="PID", help=argparse.SUPPRESS)
     add_runtime_options(parser)
     parser.set_defaults(run=run)
 
@@ -59,6 +58,12 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.server.snapshotaccess import API_SOCKET_NAME, TOKEN_NAME, check_paths, read_token
     from obdlab.server.snapshotapi import SnapshotApi, UnknownDeviceError
 
+    if args.end_with_parent:
+        from obdlab.system import abi
+
+        abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != args.end_with_parent:  # it ended before the kernel knew
+            return 0
     stacks.dump_on_signal()
     service = device_service_from(args)
     service.run_dir.create()

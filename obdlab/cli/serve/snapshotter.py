@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     publisher = _publish_counters(args.run_dir.absolute(), layout, snapshotter)
     if config.exporter_listen and not args.exporter:
         settings = replace(settings, exporter_listen=config.exporter_listen, exporter_path=config.exporter_path)
-    exporter = _start_exporter(args, settings)
+    exporter, api = _start_exporter(args, settings), _start_snapshot_api(args, settings)
     forkserver = _start_forkserver(args.run_dir) if settings.prefork_pulls else None
     logs.announce(f"obdlab snapshotter: ready on {server.address}")
     notify.ready()
@@ -103,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
         forkserver.terminate()  # not its forks, which are commands
     if publisher is not None:
         publisher.close()
-    if exporter is not None:
-        exporter.terminate()
+    for beside in filter(None, (exporter, api)):
+        beside.terminate()
         with suppress(subprocess.TimeoutExpired):
-            exporter.wait(_GRACE_S)
+            beside.wait(_GRACE_S)
     if not server.stop(_GRACE_S):
         # A normal exit would wait for an attach whose registry does not answer. That attach changes nothing of ours
         # any more, and the device host finishes it.
@@ -178,3 +178,22 @@ def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.
     command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
     command += ["--log-format", settings.log_format]
     return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+
+
+# It asks device servers alone, and never this process. It ends as the exporter does.
+def _start_snapshot_api(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
+    if not settings.snapshot_api:
+        return None
+    command = [
+        sys.executable,
+        "-m",
+        "obdlab.cli.main",
+        "serve",
+        "snapshot-api",
+        "--end-with-parent",
+        str(os.getpid()),
+    ]
+    command += ["--run-dir", str(args.run_dir.absolute())]
+    command += ["--address", settings.snapshot_api_address] if settings.snapshot_api_address else []
+    command += ["--open"] if settings.snapshot_api_open else []
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
