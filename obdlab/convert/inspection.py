@@ -30,6 +30,7 @@ _MIXED = "mixed"
 # Enough for the header of a ZFile behind the header of its tar.
 _BEGINNING = 4096
 _AT_ONCE = 8
+_WRONG_TARGET = "not sound: the files of a layer cannot be read"
 _COPY = 1 << 20
 _PLAIN_COMPRESSION = {
     oci.OCI_LAYER_GZIP: "gzip",
@@ -151,7 +152,7 @@ def verify_image(source: ImageSource, facts: ImageFacts, platform: Platform, pro
                     fault = _fault_of_target(source, layer, place, task.advance)
         layers.append(replace(described, target_fault=fault))
     if any(layer.target_fault for layer in layers):
-        return replace(facts, layers=tuple(layers), verified="not sound: a target is wrong")
+        return replace(facts, layers=tuple(layers), verified=_WRONG_TARGET)
     what = "every layer and target" if any(layer.target for layer in layers) else "every layer"
     return replace(facts, verified=f"verified: {what} was read whole and matches its digest")
 
@@ -223,6 +224,8 @@ def _filesystem(manifest: Manifest) -> str:
 
 
 def _not_verified(layers: tuple[LayerFacts, ...]) -> str:
+    if any(layer.target_fault for layer in layers):
+        return _WRONG_TARGET
     lazy = [layer for layer in layers if layer.kind != PLAIN]
     if not lazy:
         return "not verified: a layer is checked against its digest when it is fetched"

@@ -1,6 +1,6 @@
 """A turboOCI image of one gzip layer as a device, beside ``gzip -dc`` of that layer: in order, and 4 KiB at random.
 
-Run as root: python -m tests.benchmarks.turbo_device [--mib 256] [--rounds 5] [--gzip FILE] [--rows FILE]
+Run as root: python -m tests.benchmarks.turbo_device [--mib 256] [--rounds 5] [--gzip FILE]
 
 The layer is a tar with one file of text, noise, runs and repetitions, packed by zlib at level 6; or ``--gzip FILE``,
 of which the largest file is read. It lies on this host, in the page cache, as do index, metadata and sums. The device
@@ -18,13 +18,11 @@ from __future__ import annotations
 import argparse
 import gzip
 import hashlib
-import json
 import mmap
 import os
 import random
 import statistics
 import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -182,7 +180,6 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=256, help="content of the layer (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gzip", type=Path, help="a gzip layer to measure instead")
-    parser.add_argument("--rows", type=Path, help="append one row of JSON to this file")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir="/var/tmp", prefix="obdlab-benchmark-") as name:
         directory = Path(name)
@@ -219,10 +216,10 @@ def main() -> None:
                 rounds.append(row)
         finally:
             clean_up(service, force=True)
-        report(args, rounds, layer.stat().st_size, header.uncompressed_size, header.entries)
+        report(rounds, layer.stat().st_size, header.uncompressed_size, header.entries)
 
 
-def report(args: argparse.Namespace, rounds: list[dict[str, float]], stored: int, size: int, entries: int) -> None:
+def report(rounds: list[dict[str, float]], stored: int, size: int, entries: int) -> None:
     def middle(name: str) -> float:
         return statistics.median(row[name] for row in rounds)
 
@@ -242,19 +239,6 @@ def report(args: argparse.Namespace, rounds: list[dict[str, float]], stored: int
     both = f"{random_ratio:5.2f} of one span by zlib, {of_gzip:5.2f} by gzip -dc"
     print(f"{'at random, 4 KiB':24} {middle('random') * 1e3:7.2f} ms    {both}")
     print(f"{'  processor time':24} {middle('random processor') * 1e3:7.2f} ms    {busy:5.2f} of one span by zlib")
-    if args.rows is not None:
-        row = {
-            "content": size, "stored": stored, "entries": entries, "rounds": len(rounds),
-            "python": sys.version.split()[0],
-            "in_order_of_gzip": round(rates["device"], 3),
-            "in_order_one_processor_of_gzip": round(rates["one processor"], 3),
-            "random_of_a_span": round(random_ratio, 3),
-            "random_of_a_span_by_gzip": round(of_gzip, 3),
-            "random_processor_of_a_span": round(busy, 3),
-            "seconds": [{name: round(value, 6) for name, value in each.items()} for each in rounds],
-        }  # fmt: skip
-        with args.rows.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

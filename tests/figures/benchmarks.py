@@ -16,6 +16,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "cache": (),
     "device": (),
     "device_images": (),
+    "turbo_device": (),
     "many_devices": (),
     "live": (),
     "graduation": (),

@@ -82,8 +82,9 @@ def test_wrong_targets(layout: Path, capsys: pytest.CaptureFixture[str], name: s
     path.unlink()
     if data is not None:
         path.write_bytes(data)
-    status, _ = inspected(capsys, layout)
+    status, answer = inspected(capsys, layout)
     assert (status == 1) is shows
+    assert answer["images"][0]["verified"].startswith("not sound" if shows else "sums: ")
     status, answer = inspected(capsys, layout, "--verify")
     (error,) = answer["errors"]
     assert status == 1
@@ -92,7 +93,7 @@ def test_wrong_targets(layout: Path, capsys: pytest.CaptureFixture[str], name: s
     )
     (image,) = answer["images"]
     assert [bool(layer["target_fault"]) for layer in image["layers"]] == [True, False]
-    assert image["verified"] == "not sound: a target is wrong"
+    assert image["verified"] == "not sound: the files of a layer cannot be read"
     assert "verified" not in answer
     # Commands that read the image say the same in one line.
     assert main(["image", "cat", f"oci:{layout}:v1:/d/a"]) == 1
