@@ -32,6 +32,7 @@ from obdlab.layerfiles.writing import Packing, write_packed
 from obdlab.layers.front import commit_with_front
 from obdlab.layers.stack import Stack, WritableStack
 from obdlab.layers.upper import SparseUpper
+from obdlab.system import abi
 from obdlab.volumes.ext4.mkfs import INODE_RATIO, make_filesystem
 from obdlab.volumes.ext4.volume import Volume
 
@@ -288,6 +289,7 @@ def begin_compressing() -> None:
     """Prepare a process of a pool: it ends with its starter, and ignores the terminal's interrupts."""
     # An interrupt from the terminal is for the main process, which ends everything in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    abi.keep_freed_memory()  # each batch takes and frees a buffer
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
 
 

@@ -50,7 +50,7 @@ def make_layer(path: Path, size: int) -> bytes:
 
 
 def commit(layer: str | Path, output: str | Path, workers: int) -> None:
-    packing = Packing(tar=True, workers=workers)
+    packing = Packing("lz4", 4096, tar=True, workers=workers)
     with (
         closing(open_any_layer(layer)) as source,
         open(output, "wb", buffering=0) as file,
@@ -61,7 +61,7 @@ def commit(layer: str | Path, output: str | Path, workers: int) -> None:
 
 def commit_synced(layer: Path, output: Path, workers: int) -> None:
     with closing(open_any_layer(layer)) as source:
-        write_layer(source, output, Packing(tar=True, workers=workers), force=True)
+        write_layer(source, output, Packing("lz4", 4096, tar=True, workers=workers), force=True)
 
 
 def main() -> None:

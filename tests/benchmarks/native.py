@@ -1,16 +1,14 @@
 """The compiled form of packing and unpacking ZFile blocks beside Python's, in one run.
 
-Run: python -m tests.benchmarks.native [--rows FILE]. The forms take turns, and the best of nine rounds counts.
-Processor time, unless a row is about threads: those are by the clock, and want two idle processors. "two threads"
-is the gain over one. ``--rows`` appends the ratios to a file, one JSON object for the run; those of earlier runs are
-in native.jsonl.
+Run: python -m tests.benchmarks.native [--threads]. The forms take turns, and the best of nine rounds counts.
+Processor time in microseconds. ``--threads`` adds the gain of two threads over one, by the clock: that wants idle
+processors.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import tempfile
 import threading
@@ -62,7 +60,7 @@ def read_by(blob: Blob, threads: int) -> None:
         thread.join()
 
 
-def zfiles(data: bytes, layout: tuple[str, int]) -> Iterator[tuple[str, dict[str, float]]]:
+def zfiles(data: bytes, layout: tuple[str, int], *, threads: bool) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the name of each measurement, and its value in each form: microseconds, or a gain."""
     contest = Contest(ROUNDS)
     for name in FORMS:
@@ -79,9 +77,10 @@ def zfiles(data: bytes, layout: tuple[str, int]) -> Iterator[tuple[str, dict[str
             return run
 
         contest.add(f"{name} write", writing(1))
-        contest.add(f"{name} write 2", writing(2))
         contest.add(f"{name} read", lambda blob=blob: read_by(blob, 1))  # type: ignore[misc]
-        contest.add(f"{name} read 2", lambda blob=blob: read_by(blob, 2))  # type: ignore[misc]
+        if threads:
+            contest.add(f"{name} write 2", writing(2))
+            contest.add(f"{name} read 2", lambda blob=blob: read_by(blob, 2))  # type: ignore[misc]
         contest.add(f"{name} random", lambda blob=blob: read_at_random(blob))  # type: ignore[misc]
     contest.run()
     cpu, clock = contest.best_cpu_s, contest.best_s
@@ -89,6 +88,8 @@ def zfiles(data: bytes, layout: tuple[str, int]) -> Iterator[tuple[str, dict[str
     yield "read of 1 MiB, us", {name: cpu[f"{name} read"] / pieces * 1e6 for name in FORMS}
     yield "read of 4 KiB, us", {name: cpu[f"{name} random"] / RANDOM_READS * 1e6 for name in FORMS}
     yield "write of 1 MiB, us", {name: cpu[f"{name} write"] / pieces * 1e6 for name in FORMS}
+    if not threads:
+        return
     yield "read, two threads", {name: clock[f"{name} read"] / clock[f"{name} read 2"] for name in FORMS}
     yield "write, two threads", {name: clock[f"{name} write"] / clock[f"{name} write 2"] for name in FORMS}
 
@@ -108,8 +109,8 @@ def ring() -> Iterator[tuple[str, dict[str, float]]]:
 def main() -> None:
     """Print the values of both forms and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=Path, help="file to which the ratios of this run are appended")
-    args = parser.parse_args()
+    parser.add_argument("--threads", action="store_true", help="also the gain of two threads")
+    threads = parser.parse_args().threads
     abi.keep_freed_memory()  # as servers do
     print(f"compiled form: {native.state()}")
     part = golden("text.bin")
@@ -117,7 +118,7 @@ def main() -> None:
     rows = [
         (f"{layout[0]} {layout[1] >> 10} KiB: {what}", took)
         for layout in LAYOUTS
-        for what, took in zfiles(data, layout)
+        for what, took in zfiles(data, layout, threads=threads)
     ]
     rows += ring()
     for what, took in rows:
@@ -126,10 +127,6 @@ def main() -> None:
             f"{what:36} compiled {took['compiled']:8.2f}  python {took['python']:8.2f}  ratio {ratio:5.2f}",
             flush=True,
         )
-    if args.rows is not None:
-        kept = {what: {name: round(value, 2) for name, value in took.items()} for what, took in rows}
-        with args.rows.open("a") as file:
-            file.write(json.dumps(kept) + "\n")
 
 
 if __name__ == "__main__":

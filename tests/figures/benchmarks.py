@@ -21,6 +21,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "live": (),
     "graduation": (),
     "tcmu": (),
+    "native": (),
     "device_kinds": (),
     "snapshotter_starts": (),
     "nbd": (),
