@@ -158,7 +158,7 @@ def run_timeline(args: argparse.Namespace) -> int:
         print("      ms    took what             offset    length process          layer file")
         for step in steps if args.steps else sorted(longest, key=lambda step: step.at_ms):
             print(_line(step))
-        print(*_summary_lines(facts, args), sep="\n")
+        print(*_summary_lines(facts, args), *_kind_lines(steps), sep="\n")
     return 0
 
 
@@ -229,12 +229,22 @@ def _summary_lines(facts: Summary, args: argparse.Namespace) -> list[str]:
     return lines
 
 
+def _kind_lines(steps: Sequence[Step]) -> list[str]:
+    from obdlab.contrib.traces_extra.timeline import by_kind
+
+    return [
+        f"  {kind:<12} {share.steps:>5} pieces {share.size:>10} bytes, waited for {share.waited_ms:.1f} ms"
+        for kind, share in by_kind(steps).items()
+    ]
+
+
 def _print_json(steps: Sequence[Step], facts: Summary) -> None:
     from dataclasses import asdict
 
-    from obdlab.contrib.traces_extra.timeline import as_dict
+    from obdlab.contrib.traces_extra.timeline import as_dict, by_kind
 
-    print_json({"summary": asdict(facts), "steps": [as_dict(step) for step in steps]})
+    kinds = {kind: asdict(share) for kind, share in by_kind(steps).items()}
+    print_json({"summary": asdict(facts), "kinds": kinds, "steps": [as_dict(step) for step in steps]})
 
 
 def _print_csv(steps: Sequence[Step]) -> None:

@@ -33,6 +33,10 @@ log = logging.getLogger(__name__)
 THERE_WITHIN_MS = 2.0
 
 
+#: Kinds of reads: of no file, the dynamic loader and its tables, shared libraries, any other file.
+KINDS = ("metadata", "loader", "libraries", "application")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """One piece of a read of the disk: of one file, or of no file."""
@@ -55,6 +59,15 @@ class Step:
     #: ``there``, ``waited`` (by its duration) or ``untold``; with a trace ``prefetched`` (there, and named), ``late``
     #: (waited for although named), ``missed`` (waited for, not named) or ``there``.
     state: str
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The steps of one kind: their number, their bytes, and the time in which one of them waited."""
+
+    steps: int
+    size: int
+    waited_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +163,34 @@ def summary(steps: Sequence[Step], disk: Stack, trace: Trace | None = None) -> S
         coverage=None if left_out is None or not read.size else 1 - left_out / read.size,
         over_read=None if too_much is None or trace is None or not trace.size else too_much / unique(trace).size,
     )
+
+
+def by_kind(steps: Sequence[Step]) -> dict[str, Share]:
+    """Return the shares of the kinds of reads: ``metadata``, ``loader``, ``libraries`` and ``application``.
+
+    Reads of several kinds may wait at the same time, so the waiting times may add up to more than the whole.
+    """
+    found: dict[str, list[Step]] = {kind: [] for kind in KINDS}
+    for step in steps:
+        found[kind_of(step.path)].append(step)
+    return {
+        kind: Share(
+            len(of_kind),
+            sum(step.length for step in of_kind),
+            _length((step.at_ms, step.at_ms + step.took_ms) for step in of_kind if _made_wait(step) and step.took_ms),
+        )
+        for kind, of_kind in found.items()
+    }
+
+
+def kind_of(path: bytes | None) -> str:
+    """Return the kind of a file by its name: one of :data:`KINDS`."""
+    if path is None:
+        return "metadata"
+    name = path.rpartition(b"/")[2]
+    if name.startswith((b"ld-linux", b"ld-musl", b"ld.so.", b"ld64.so")):
+        return "loader"
+    return "libraries" if name.endswith(b".so") or b".so." in name else "application"
 
 
 def frame(steps: Iterable[Step]) -> pd.DataFrame:

@@ -10,7 +10,17 @@ import pytest
 from obdlab.call import Call
 from obdlab.cli.main import main
 from obdlab.contrib.traces_extra.blockevents import DiskRead
-from obdlab.contrib.traces_extra.timeline import check_inside, frame, summary, timeline, trace_of
+from obdlab.contrib.traces_extra.timeline import (
+    Share,
+    Step,
+    by_kind,
+    check_inside,
+    frame,
+    kind_of,
+    summary,
+    timeline,
+    trace_of,
+)
 from obdlab.errors import FormatError
 from obdlab.formats.trace import Trace
 from obdlab.image.open import open_stack
@@ -86,6 +96,43 @@ def test_steps_name_files_layers_and_waits() -> None:
         assert list(table["process"]) == [step.process for step in steps]
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (None, "metadata"),
+        (b"", "application"),
+        (b"/etc/ld.so.cache", "loader"),
+        (b"/lib64/ld-linux-x86-64.so.2", "loader"),
+        (b"/lib/ld-musl-x86_64.so.1", "loader"),
+        (b"/usr/lib/libc.so.6", "libraries"),
+        (b"/usr/lib/python3/lib-dynload/_ssl.so", "libraries"),
+        (b"/usr/bin/ld", "application"),
+        (b"/srv/a.sorted", "application"),
+    ],
+)
+def test_the_kinds_of_files(path: bytes | None, kind: str) -> None:
+    assert kind_of(path) == kind
+
+
+def test_a_start_is_divided_by_kinds() -> None:
+    def step(at_ms: float, took_ms: float | None, path: bytes | None, state: str) -> Step:
+        return Step(at_ms, took_ms, 0, 4096, (0,), path, "x", 1, False, None, state)
+
+    steps = [
+        step(0, 5, b"/lib/a.so", "waited"),
+        step(3, 5, b"/lib/b.so.1", "waited"),
+        step(3, 40, b"/lib/b.so.1", "there"),
+        step(4, 10, b"/bin/x", "late"),
+        step(5, None, None, "untold"),
+    ]
+    assert by_kind(steps) == {
+        "metadata": Share(1, 4096, 0),
+        "loader": Share(0, 0, 0),
+        "libraries": Share(3, 3 * 4096, 8),
+        "application": Share(1, 4096, 10),
+    }
+
+
 def test_with_a_trace_what_came_in_time_what_late_and_what_not() -> None:
     with open_stack(EXT4) as disk:
         reads = reads_for(disk)
@@ -123,10 +170,12 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"30.00 late {offset:>19} {size:>9} cat" in told
     assert path.decode() in told
     assert "the trace had 100.0% of the bytes read; 0.0% of the trace was not read" in told
+    assert told.count("waited for 30.0 ms") == 1
     assert main(["trace", "timeline", str(events), *image, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["summary"]["waited_ms"] == pytest.approx(30)
     assert facts["steps"][0]["path"] == path.decode()
+    assert facts["kinds"][kind_of(path)] == {"steps": 1, "size": size, "waited_ms": pytest.approx(30)}
     assert main(["trace", "timeline", str(events), *image, "--csv"]) == 0
     assert capsys.readouterr().out.splitlines()[0].startswith("at_ms,took_ms,offset")
     assert main(["trace", "timeline", str(events), *image, "--block-device", "8:0"]) == 1
