@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from obdlab.errors import CorruptBlobError, FormatError
+from obdlab.errors import CorruptBlobError, FormatError, SourceError, causes
 from obdlab.formats.compression import MAGIC_SIZE, compression_of
 from obdlab.formats.gzipmember import MAX_HEADER
 from obdlab.formats.zstdindex import MAGIC as ZSTD_MAGIC
@@ -14,11 +14,15 @@ from obdlab.layers.spannedtarget import SpannedTarget
 from obdlab.layers.summedtar import SummedTar
 from obdlab.layers.zstdtarget import ZstdTarget
 from obdlab.localfile import LocalFile
+from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
     from obdlab.blob import Around, Blob
     from obdlab.image.remote import RemoteLayers
     from obdlab.layers.spancache import SpanCache
+
+_NOT_FOUND = 404
+_GONE = "this layer has the files of a turboOCI image, and must stay in its repository: was the source deleted?"
 
 
 def open_target(
@@ -39,6 +43,17 @@ def open_target(
     """
     if not lower.target_file and not lower.target_digest:
         raise FormatError("gzip index without a target", blob=lower.gzip_index, wanted="targetFile or targetDigest")
+    try:
+        return _open_target(lower, remote, around, spans, verify=verify)
+    except SourceError as error:
+        if any(isinstance(each, RegistryError) and each.status == _NOT_FOUND for each in causes(error)):
+            raise SourceError(f"{error}; {_GONE}") from error
+        raise
+
+
+def _open_target(
+    lower: LowerConfig, remote: RemoteLayers | None, around: Around, spans: SpanCache, *, verify: bool
+) -> tuple[Blob, str]:
     checked = verify and bool(lower.tar_sums)
     blob, identity = _open_stored(lower, remote, around, checked=checked)
     try:
