@@ -40,16 +40,19 @@ def example_of(name: str, disk: Stack, document: Mapping[str, Any], trace: bytes
     places = FilePlaces(disk)
     pages: dict[bytes, set[int]] = defaultdict(set)
     order: dict[bytes, int] = {}
+    links = places.links()
     for number, (begin, end) in enumerate(sectors):
-        for path, offset, length in places.files_in(begin * 512, end * 512):
-            order.setdefault(path, number * 1000 // len(sectors))
-            pages[path].update(range(offset // PAGE, -(-(offset + length) // PAGE)))
+        for found, offset, length in places.files_in(begin * 512, end * 512):
+            # A start opens a file by any of its names.
+            for path in links.get(found, (found,)):
+                order.setdefault(path, number * 1000 // len(sectors))
+                pages[path].update(range(offset // PAGE, -(-(offset + length) // PAGE)))
     followed = suggest(disk, document).followed
     return Example(
         name,
         frozenset(map(_text, places.sizes)),
         tuple(map(_text, followed)),
-        {_text(path): (places.sizes[path], order[path], _runs(found)) for path, found in pages.items() if path},
+        {_text(path): (places.sizes[path], order[path], _runs(each)) for path, each in pages.items() if path},
     )
 
 

@@ -103,6 +103,14 @@ class FilePlaces:
                 yield path, at + first - place, last - first
             number += 1
 
+    def links(self) -> dict[bytes, tuple[bytes, ...]]:
+        """Return all paths, by each of them, of every file with data that has several (hard links)."""
+        found: dict[int, list[bytes]] = {}
+        for place, _, at, path in self._rows:
+            if at == 0:
+                found.setdefault(place, []).append(path)
+        return {path: tuple(sorted(paths)) for paths in found.values() if len(paths) > 1 for path in paths}
+
     def pieces(self, sectors: Iterable[SectorRange]) -> Iterator[tuple[int, int, bytes | None]]:
         """Yield (offset, length, path) of ranges of the disk; the path is None for bytes outside of files.
 

@@ -30,7 +30,7 @@ from obdlab.lab.run.rows import AA_SUFFIX, RowStore, newest_code, one_per_attemp
 from obdlab.lab.run.starts import summaries_of
 from obdlab.lab.run.statistics import Estimate, median_interval, ratio_interval
 from obdlab.lab.run.summary import caveats, findings, summarise, summary_records, surely_different
-from tests.figures import benchmarks
+from tests.figures import benchmarks, suggestions
 
 Row = dict[str, Any]
 
@@ -575,6 +575,11 @@ def _absent() -> str:
     return _table(("source", "where", "claim", "its figure", "how sure"), lines)
 
 
+# The rows of the newest code alone: a changed rule or profile changes every number.
+def _suggestion_rows() -> list[Row]:
+    return one_per_attempt(newest_code(list(_rows("suggestion")), "image", "trace", "rate_mbit"))
+
+
 _FIGURES: dict[str, Callable[[], str]] = {
     "peers-cold": _peers_cold,
     "peers-warm": _local("warm"),
@@ -604,6 +609,8 @@ _FIGURES: dict[str, Callable[[], str]] = {
     "swarm-conditions": _swarm_conditions,
     "swarm-fit": _swarm_fit,
     "swarm-from-peers": _from_peers,
+    "suggestion": lambda: _table(*suggestions.lines(_suggestion_rows())),
+    "suggestion-said": lambda: suggestions.said(_suggestion_rows()),
     "first-set": lambda: first_set(MEASURED / "first_set"),
     "verified": _verified,
     "verified-rows": _row_count("verified"),

@@ -24,7 +24,7 @@ from obdlab.traces.sectors import sectors_of_reads
 from obdlab.traces.sets import coverage
 from obdlab.volumes.elf import read_linked
 from obdlab.volumes.places import files_of
-from tests.convert.layouts import make_layout, member, symlink
+from tests.convert.layouts import hardlink, make_layout, member, symlink
 
 PROGRAM = Path("/usr/bin/env")
 
@@ -59,6 +59,8 @@ class Place:
                 for each in range(200)
             ),
             *(member(f"chain/s{each}", f". /chain/s{each + 1}\n".encode()) for each in range(200)),
+            member("data/one", b"d" * 100_000),
+            hardlink("data/two", "data/one"),
             symlink("usr/local/bin/run", "../../bin/env"),
             symlink("bin/sh", "../usr/bin/env"),  # the image's command
             symlink("loop", "loop"),

@@ -48,6 +48,15 @@ def _walk(disk: Any) -> Any:
     return FileVolume(disk).walk()
 
 
+def test_a_read_counts_for_every_name_of_a_file(place: Place) -> None:
+    trace = start_with_a_part_of(place, b"/data/one")
+    with open_disk(place.layers, Settings()) as disk:
+        example = example_of("one", disk, DOCUMENT, trace)
+        assert FilePlaces(disk).links() == dict.fromkeys((b"/data/one", b"/data/two"), (b"/data/one", b"/data/two"))
+    assert example.reads["/data/one"] == example.reads["/data/two"]
+    assert example.reads["/data/one"][2] == ((1, 5),)
+
+
 def test_a_file_that_no_text_names_is_suggested_by_what_another_start_read(place: Place) -> None:
     trace = start_with_a_part_of(place, b"/unread")
     with open_disk(place.layers, Settings()) as disk:

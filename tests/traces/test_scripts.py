@@ -45,6 +45,10 @@ def test_commands_are_found_where_they_may_begin(text: str, found: list[list[str
         assert not listed
 
 
+def test_an_expansion_is_no_group_of_commands() -> None:
+    assert list(commands_in(": ${ARCH=}\nexec /lib$ARCH/program\n")) == [["exec", "/lib/program"]]
+
+
 def test_wrappers_run_what_they_are_given() -> None:
     assert ["gosu", "app", "server"] in unwrapped(["env", "-i", "A=1", "gosu", "app", "server"])
     assert ["server"] in [words[-1:] for words in unwrapped(["tini", "--", "server"])]

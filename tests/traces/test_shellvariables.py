@@ -133,6 +133,16 @@ def test_the_work_for_hostile_scripts_is_bounded(text: str) -> None:
     assert len(variables.environment()) <= 1024
 
 
+def test_long_values_cost_more_steps() -> None:
+    variables = Variables({})
+    for each in "abcd":
+        variables.assign("A", each * 4096)
+    assert variables.expanded("a") == ["a"]
+    for _ in range(50):
+        variables.expanded("$A" * 900)
+    assert variables.expanded("a") == []
+
+
 def test_nothing_is_followed_once_the_steps_are_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shellvariables, "MAX_STEPS", 10)
     assert Variables({}).expanded("a" * 100) == []

@@ -19,6 +19,7 @@ from obdlab.lab.kinds.memory import Memory
 from obdlab.lab.kinds.misses import Misses
 from obdlab.lab.kinds.simulation import Simulation
 from obdlab.lab.kinds.start import Start
+from obdlab.lab.kinds.suggestion import Suggestion
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
@@ -36,6 +37,7 @@ KINDS: dict[str, Kind] = {
         Memory(),
         Simulation(),
         Swarm(),
+        Suggestion(),
     )
 }
 #: The kind of a declaration that names none.
