@@ -43,6 +43,8 @@ def table(name: str, place: Path = PLACE) -> str:
     loads = [row["load_1m"] for row in rows]
     load = f"{min(loads):g}" if min(loads) == max(loads) else f"{min(loads):g} to {max(loads):g}"
     about = f"{_count(len(rows))}, commit {rows[0]['git_commit'][:7]}, {rows[0]['started'][:10]}, load {load}"
+    if cores := rows[0].get("cores"):
+        about = f"{cores} cores of {rows[0]['cpu_model']}, {about}"
     lines = [_cell(line) for line in _medians([row["printed"] for row in rows])]
     return "\n".join((f"| {command}: {about} |", "|---|", *(f"| {line} |" for line in lines)))
 
