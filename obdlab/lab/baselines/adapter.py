@@ -66,6 +66,8 @@ class Adapter(Protocol):
     recorded: ClassVar[bool] = False
     #: True if the snapshotter goes on fetching after a container is ready.
     background: ClassVar[bool] = False
+    #: True if a warm start finds its data as blocks of a device, so that the files of :meth:`layers` are not cached.
+    cached_above: ClassVar[bool] = False
     #: Estimates as shares of the image's compressed size: storage on the registry, most storage on the host, and
     #: bytes that a cold start fetches.
     registry_share: ClassVar[float] = 1.2

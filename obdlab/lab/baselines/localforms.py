@@ -43,6 +43,7 @@ class Local(Lazy):
 
     name: ClassVar[str] = "obdlab-local"
     title: ClassVar[str] = "obdlab with the image completed and unpacked"
+    cached_above: ClassVar[bool] = True  # the loop device reads the disk with direct I/O
     host_share: ClassVar[float] = 5.0  # the layers and the disk
     start_share: ClassVar[float] = 1.2
 

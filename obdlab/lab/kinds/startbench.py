@@ -202,8 +202,9 @@ class StartBench(Bench):
 
     def _warm_once(self, cell: _Cell, number: int) -> Row:
         times, asked = self._start(cell, self._begin())
-        layers = ADAPTERS[cell.snapshotter].layers(self._containerd)
-        evidence = coldness.prove_warm(layers, Traffic.of(asked), asked)
+        adapter = ADAPTERS[cell.snapshotter]
+        layers = adapter.layers(self._containerd)
+        evidence = coldness.prove_warm(layers, Traffic.of(asked), asked, cached=not adapter.cached_above)
         return {"start": "warm", "warm": number, "evidence": evidence, **_timed(times, 0.0)}
 
     def _dropped(self, cell: _Cell, number: int) -> Row:

@@ -112,7 +112,8 @@ def test_images_completed_beforehand_start_without_registry_and_server(tmp_path:
     assert [row.get("error") for row in rows] == [None] * 6
     for row in rows:
         assert (row["requests"] > 0) == (row["start"] == "cold")
-        assert (row["evidence"]["resident_bytes"] > 0) == (row["start"] == "warm")
+        if row["arm"] == "obdlab-local-compressed":
+            assert (row["evidence"]["resident_bytes"] > 0) == (row["start"] == "warm")
     assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
 
 
