@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from obdlab.devices.tcmu import netlink, scsi
 from obdlab.devices.tcmu import ring as tcmu_ring
 from obdlab.devices.tcmu.disk import ScsiDisk
 from obdlab.devices.tcmu.uio import UioName
-from obdlab.errors import ObdlabError
+from obdlab.errors import FormatError, ObdlabError
 from obdlab.formats import oci
 from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.gzipindex import HEADER_SIZE, WINDOW, IndexHeader, parse_table, parse_window, table_bytes
@@ -221,7 +222,10 @@ def _qcow2(data: bytes) -> None:
 
 
 def _partitions(data: bytes) -> None:
-    find_root(MemoryBlob(data))
+    disk = MemoryBlob(data)
+    find_root(disk, 1)
+    with suppress(FormatError):  # no, or several, roots
+        find_root(disk)
 
 
 def _partition_seeds() -> list[bytes]:
