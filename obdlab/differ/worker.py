@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import os
-import signal
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -40,7 +39,7 @@ from obdlab.localfile import LocalFile
 from obdlab.server.protection import bound_memory
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter.overlaybd import LAYER_HEAD, is_layer
-from obdlab.system import abi
+from obdlab.system.processes import end_with_parent
 from obdlab.volumes.detect import FileTree
 
 if TYPE_CHECKING:
@@ -59,8 +58,7 @@ def main() -> int:
     """Do the job on standard input and print its answer."""
     request = json.load(sys.stdin)
     # End with the service: no other process knows of this one.
-    abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != request["parent"]:
+    if not end_with_parent(request["parent"]):
         return 1
     bound_memory(_MEMORY)
     try:

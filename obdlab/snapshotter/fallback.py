@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,8 @@ from obdlab.devices import kinds
 from obdlab.errors import ObdlabError, caused_by
 from obdlab.registry.errors import RangesIgnoredError
 from obdlab.settings.settings import DAEMON_KIND
-from obdlab.system import abi, programs
+from obdlab.system import programs
+from obdlab.system.processes import end_with_parent
 
 if TYPE_CHECKING:
     from obdlab.image.config import ImageConfig, LowerConfig
@@ -91,8 +91,7 @@ def main() -> int:
 
     request = json.load(sys.stdin)
     # End with the service: a restarted service starts the work again, and must not meet its predecessor's process.
-    abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != request["parent"]:
+    if not end_with_parent(request["parent"]):
         return 1
     try:
         config, settings = ImageConfig.load(request["config"]), Settings.from_json(request["settings"])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from obdlab.errors import DeviceError
+from obdlab.system import abi
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,6 +118,16 @@ class Process:
     def _is_there(self) -> bool:
         found = stat_of(self.pid)
         return found is not None and found.start_time == self.start_time
+
+
+def end_with_parent(parent: int, number: signal.Signals = signal.SIGKILL) -> bool:
+    """Have the kernel send this process a signal when the process ``parent``, which started it, ends.
+
+    Return False if that has ended already: no signal comes then. The thread that started this process counts as its
+    parent, so it must live as long as that does (prctl(2)).
+    """
+    abi.prctl(abi.PR_SET_PDEATHSIG, number)
+    return os.getppid() == parent
 
 
 def has_ended(pidfd: int, timeout_s: float) -> bool:

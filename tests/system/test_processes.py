@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -94,3 +95,41 @@ def test_processor_time_includes_that_of_ended_children() -> None:
     line = b"7 (a b) S " + b" ".join(str(number).encode() for number in range(4, 53))
     ticks = os.sysconf("SC_CLK_TCK")
     assert Stat.parse(line) == Stat("S", (14 + 15 + 16 + 17) / ticks, 22)
+
+
+# A process that starts the child, and is killed.
+_STARTER = """
+import os, subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], str(os.getpid())], pass_fds=[int(sys.argv[2])])
+print(child.pid, flush=True)
+sys.stdin.read()
+"""
+_CHILD = """
+import signal, sys
+from obdlab.system.processes import end_with_parent
+print(end_with_parent(int(sys.argv[1])), flush=True)
+signal.pause()
+"""
+
+
+def test_a_process_ends_with_its_parent() -> None:
+    readable, writable = os.pipe()
+    command = [sys.executable, "-c", _STARTER, _CHILD, str(writable)]
+    with (
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=[writable], text=True
+        ) as starter,
+        open(readable, "rb") as ended,
+    ):
+        os.close(writable)
+        assert starter.stdout is not None
+        pid = int(starter.stdout.readline())
+        assert starter.stdout.readline() == "True\n"
+        assert stat_of(pid) is not None
+        starter.kill()
+        assert ended.read() == b""  # the child held the pipe's other end until it ended
+
+
+def test_a_parent_that_has_ended_already_is_noticed() -> None:
+    code = f"from obdlab.system.processes import end_with_parent\nassert not end_with_parent({os.getppid()})"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

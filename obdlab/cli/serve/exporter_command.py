@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import signal
 import threading
 from dataclasses import replace
@@ -62,10 +61,9 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.metrics.metricsserver import MetricsServer
 
     if args.end_with_parent:
-        from obdlab.system import abi
+        from obdlab.system.processes import end_with_parent
 
-        abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != args.end_with_parent:  # it ended before the kernel knew
+        if not end_with_parent(args.end_with_parent, signal.SIGTERM):
             return 0
     settings = settings_from(args)
     set_up_logs(args, logging.WARNING, settings=replace(settings, log_path=None))

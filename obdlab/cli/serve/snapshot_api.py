@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import threading
 from pathlib import Path
@@ -59,10 +58,9 @@ def run(args: argparse.Namespace) -> int:
     from obdlab.server.snapshotapi import SnapshotApi, UnknownDeviceError
 
     if args.end_with_parent:
-        from obdlab.system import abi
+        from obdlab.system.processes import end_with_parent
 
-        abi.prctl(abi.PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != args.end_with_parent:  # it ended before the kernel knew
+        if not end_with_parent(args.end_with_parent, signal.SIGTERM):
             return 0
     stacks.dump_on_signal()
     service = device_service_from(args)

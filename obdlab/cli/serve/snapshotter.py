@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from obdlab.cli import notify
 from obdlab.cli.common import add_device_option, add_registry_options, add_runtime_options, need_root, settings_from
@@ -168,32 +168,28 @@ def _start_forkserver(run_dir: Path) -> subprocess.Popen[bytes]:
 
 
 # The exporter is a process of its own: it answers also while this one is busy, and a scrape takes none of this
-# process's time. It ends with this process, also if that is killed.
+# process's time.
 def _start_exporter(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
     listen = args.exporter or settings.exporter_listen
     if not listen:
         return None
-    command = [sys.executable, "-m", "obdlab.cli.main", "serve", "exporter", "--listen", listen]
-    command += ["--path", settings.exporter_path, "--end-with-parent", str(os.getpid())]
-    command += ["--run-dir", str(args.run_dir.absolute()), "--cache-dir", str(settings.cache_dir)]
-    command += ["--log-format", settings.log_format]
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    words = ["--listen", listen, "--path", settings.exporter_path, "--cache-dir", str(settings.cache_dir)]
+    return _start_beside("exporter", args, [*words, "--log-format", settings.log_format])
 
 
-# It asks device servers alone, and never this process. It ends as the exporter does.
+# It asks device servers alone, and never this process.
 def _start_snapshot_api(args: argparse.Namespace, settings: Settings) -> subprocess.Popen[bytes] | None:
     if not settings.snapshot_api:
         return None
-    command = [
-        sys.executable,
-        "-m",
-        "obdlab.cli.main",
-        "serve",
-        "snapshot-api",
-        "--end-with-parent",
-        str(os.getpid()),
-    ]
-    command += ["--run-dir", str(args.run_dir.absolute())]
-    command += ["--address", settings.snapshot_api_address] if settings.snapshot_api_address else []
-    command += ["--open"] if settings.snapshot_api_open else []
-    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    words = ["--address", settings.snapshot_api_address] if settings.snapshot_api_address else []
+    words += ["--open"] if settings.snapshot_api_open else []
+    return _start_beside("snapshot-api", args, words, output=sys.stderr)
+
+
+# It ends with this process, also if that is killed.
+def _start_beside(
+    service: str, args: argparse.Namespace, words: list[str], *, output: IO[str] | None = None
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "obdlab.cli.main", "serve", service, "--end-with-parent", str(os.getpid())]
+    command += ["--run-dir", str(args.run_dir.absolute()), *words]
+    return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output)
