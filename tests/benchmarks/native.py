@@ -14,6 +14,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from obdlab.blob import Blob, MemoryBlob
@@ -77,11 +78,11 @@ def zfiles(data: bytes, layout: tuple[str, int], *, threads: bool) -> Iterator[t
             return run
 
         contest.add(f"{name} write", writing(1))
-        contest.add(f"{name} read", lambda blob=blob: read_by(blob, 1))  # type: ignore[misc]
+        contest.add(f"{name} read", partial(read_by, blob, 1))
         if threads:
             contest.add(f"{name} write 2", writing(2))
-            contest.add(f"{name} read 2", lambda blob=blob: read_by(blob, 2))  # type: ignore[misc]
-        contest.add(f"{name} random", lambda blob=blob: read_at_random(blob))  # type: ignore[misc]
+            contest.add(f"{name} read 2", partial(read_by, blob, 2))
+        contest.add(f"{name} random", partial(read_at_random, blob))
     contest.run()
     cpu, clock = contest.best_cpu_s, contest.best_s
     pieces = len(data) // STEP

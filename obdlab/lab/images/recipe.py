@@ -142,7 +142,7 @@ class Recipe:
         """Check a parsed recipe. Raises RecipeError."""
         top = _Table(values, str(path))
         arguments, each = top.table("arguments"), top.table("size_mb_each")
-        more_mb = sum(each.number(key, 0.0) * arguments.number(key, 0.0) for key in each.keys())  # noqa: SIM118
+        more_mb = sum(each.number(key, 0.0) * arguments.number(key, 0.0) for key in each.keys())  # noqa: SIM118 - takes them while it goes
         recipe = cls(
             name=top.text("name", pattern=_NAME),
             description=top.text("description", ""),

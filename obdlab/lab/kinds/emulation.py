@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from statistics import median
@@ -140,7 +141,7 @@ def _push(start: Start, registry: SharedRegistry) -> None:
         for layer in start.layers:
             for data, digest in ((layer.data, layer.digest), (layer.tree.file, layer.tree.reference.file)):
                 if data:
-                    client.push_blob(repository, digest, len(data), lambda data=data: BytesIO(data))  # type: ignore[misc]
+                    client.push_blob(repository, digest, len(data), partial(BytesIO, data))
     registry.preload()
 
 

@@ -196,17 +196,7 @@ class _Bench(Bench):
     def _obdlab(self, place: Path, context: Path, new: str) -> Row:
         settings, cache = place / "settings.json", place / "cache"
         settings.write_text("{}")
-        command: list[str | Path] = [
-            sys.executable,
-            "-m",
-            "obdlab",
-            "image",
-            "build",
-            context,
-            "--tag",
-            new,
-            "--json",
-        ]
+        command: list[str | Path] = [sys.executable, "-m", "obdlab", "image", "build", context, "--tag", new]
         command += ["--json", "--run-dir", place / "run", "--cache-dir", cache, "--settings", settings]
         command += ["--build-cache", place / "layers", "--work-dir", place]
         devices = DeviceService(place / "run", Settings(cache_dir=cache))

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +66,7 @@ class Agents(Closing):
             self._daemons[name] = Daemon(f"agent {name}", command, log, environment)
         for name, daemon in self._daemons.items():
             with self._network.on(name):
-                daemon.wait_for(lambda name=name: self._is_alive(name), "an answer", _START_S)  # type: ignore[misc]
+                daemon.wait_for(partial(self._is_alive, name), "an answer", _START_S)
 
     def close(self) -> None:
         """End all agents, together. Idempotent."""
