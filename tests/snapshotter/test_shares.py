@@ -47,14 +47,21 @@ def snapshotter(tmp_path: Path) -> Iterator[SnapshotterProcess]:
     process.start()
     yield process
     process.stop(signal.SIGKILL)
-    # The device host's own processes would wait for the registry until the deadline.
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            if str(process.run_dir) in (entry / "cmdline").read_text():
-                os.kill(int(entry.name), signal.SIGKILL)
-        except OSError:
-            pass  # has ended
+    # The device host's own processes would wait for the registry until the deadline. One that is forked while they are
+    # listed is found the next time.
+    while pids := list(_processes_of(process.run_dir)):
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
     process.take_down()
+
+
+def _processes_of(run_dir: Path) -> Iterator[int]:
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended; one that is dead and not reaped has no command line
+            if str(run_dir) in (entry / "cmdline").read_text():
+                yield int(entry.name)
 
 
 def pull(wire: WireSnapshotter, repository: str, digest: str, size: int) -> str:
