@@ -110,7 +110,9 @@ class LocalFile(Blob):
             status = os.fstat(file.number)
         except OSError as error:
             raise SourceError(f"cannot tell its identity ({error.strerror})", blob=self.name) from error
-        return f"file {status.st_dev}:{status.st_ino}, {status.st_size} bytes, changed at {status.st_mtime_ns} ns"
+        # The time of the last change cannot be set; a tar or `cp -p` sets the other one, often to the same value.
+        times = f"{status.st_mtime_ns} ns, {status.st_ctime_ns} ns"
+        return f"file {status.st_dev}:{status.st_ino}, {status.st_size} bytes, changed at {times}"
 
     def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
         if offset < 0 or length < 0 or offset + length > self._size:

@@ -20,6 +20,7 @@ import fcntl
 import logging
 import os
 import struct
+import threading
 import time
 from array import array
 from contextlib import contextmanager
@@ -79,6 +80,7 @@ class CacheFiles:
         self._pages = pages_of(self.size)
         self._unit_pages = self.unit // PAGE
         self._used_at = used_at(self.size)
+        self._header_lock = threading.Lock()
 
     @classmethod
     def absent(cls, directory: Path, size: int, unit: int) -> Self:
@@ -368,6 +370,8 @@ class CacheFiles:
         with self._locked():
             if self.read_only or self.header.generation != generation or self.current_header() is None:
                 return False
+            if self.cached_units() < self.units:  # files made meanwhile, which begin with the same generation
+                return False
             os.pwrite(self._sums_fd, generation_bytes(generation, verified=True), GENERATION_AT)
             return True
 
@@ -438,15 +442,17 @@ class CacheFiles:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        # Between processes; held for microseconds only.
-        if not self.attached:
-            yield
-            return
-        fcntl.flock(self.fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        # Between threads and then between processes, as threads share the lock of one open file; held for
+        # microseconds only.
+        with self._header_lock:
+            if not self.attached:
+                yield
+                return
+            fcntl.flock(self.fd, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self.fd, fcntl.LOCK_UN)
 
 
 def _pwrite_all(fd: int, view: memoryview, offset: int) -> None:

@@ -51,6 +51,8 @@ _MOST_NOTED = 4096
 _PROBE = 64 << 20
 _LOOKED_AT_S = 2.0
 _TRIES = 40
+#: Errors of the process or the host, which tell nothing of the file that was to be opened.
+_OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LOCK_PAUSE_S = 0.05
 # Longest wait for another process that stores the same disk.
 _LONGEST_WAIT_S = 3600.0
@@ -133,6 +135,8 @@ class FlatFiles:
         try:
             sums = path.with_name("sums").read_bytes()
         except OSError as error:
+            if error.errno in _OF_THE_PROCESS:
+                raise
             raise CorruptBlobError(f"its sums cannot be read ({error.strerror})", blob=str(path)) from error
         pieces = -(-size // PIECE)
         if len(sums) != _SUMS.size + pieces * _SUM.size or _SUMS.unpack_from(sums) != (_MAGIC, size):
@@ -147,7 +151,7 @@ class FlatFiles:
             if data_at >= at + length:
                 found = _zeros_sum(length)
             else:
-                data = os.pread(fd, length, at)
+                data = _read(fd, length, at, path)
                 found = raw_crc32c(data) if len(data) == length else -1
                 os.posix_fadvise(fd, at, length, os.POSIX_FADV_DONTNEED)
                 if not patience.lasts(length):
@@ -167,6 +171,7 @@ class FlatFiles:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             with _sole_writer(directory):
                 if not self.path(name).exists():
+                    self._remove_half_made(directory)
                     self._check_room(data_size)
                     self._store(directory, size, read)
         except OSError as error:
@@ -204,6 +209,13 @@ class FlatFiles:
                 f"{room >> 20} MiB: cache_quota and cache_min_free limit the cache)"
             )
 
+    # A killed process left it. Its bytes count, and would take the room of the new one.
+    def _remove_half_made(self, directory: Path) -> None:
+        new = directory / "disk.new"
+        if new.exists():
+            with self._space.changing(directory, patient=True):
+                new.unlink(missing_ok=True)
+
     def _store(self, directory: Path, size: int, read: Callable[[int, int], bytes | None]) -> None:
         new, sums_path = directory / "disk.new", directory / "sums"
         try:
@@ -228,9 +240,7 @@ class FlatFiles:
             _sync_directory(directory)
             _sync_directory(directory.parent)
         except BaseException:
-            if new.exists():
-                with self._space.changing(directory, patient=True):
-                    new.unlink(missing_ok=True)
+            self._remove_half_made(directory)
             raise
 
     def _write(self, fd: int, at: int, data: bytes) -> int:
@@ -272,6 +282,15 @@ class _Patience:
         if self._read >= _PROBE:
             took_s *= max(1.0, self._total / self._read)
         return took_s <= self._longest_s
+
+
+def _read(fd: int, length: int, at: int, path: Path) -> bytes:
+    try:
+        return os.pread(fd, length, at)
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        raise CorruptBlobError("cannot be read", blob=str(path), offset=at) from error
 
 
 def _version(fd: int) -> str:

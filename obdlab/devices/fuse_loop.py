@@ -126,6 +126,11 @@ def devices_of(directory: Path) -> list[Path]:
     return loop.labelled(_label(directory))
 
 
+def is_of(device: Path, directory: Path) -> bool:
+    """Return True if the loop device belongs to a device's directory."""
+    return loop.label_of(device) == _label(directory)
+
+
 def attach_file(file: int, directory: Path, *, readahead_kib: int = 128) -> Path:
     """Make an open file the read-only device at ``directory``, without a server; return its node.
 

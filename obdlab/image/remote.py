@@ -98,7 +98,8 @@ class RemoteLayers:
         self._tree_origins: list[_Origin] = []
         self._tree_files: list[CachedBlob] = []
         self._layers = 0
-        self._completes = False
+        self._completion: BackgroundDownload | None = None
+        self._too_large = False
         self._layer_blobs: list[CachedBlob] = []
 
     @property
@@ -231,19 +232,22 @@ class RemoteLayers:
     def complete(self) -> None:
         """Begin to fetch all of the blobs in the spare time of the link, after a delay, if the settings say so.
 
-        To be called once, by the server of a device: a command that reads an image ends before the delay.
+        For the server of a device: a command that reads an image ends before the delay. Does nothing while the blobs
+        are being fetched, or are whole.
         """
-        if self._settings.completion and not self._completes:
+        ended = self._completion is None or (self._completion.wait(0) and self.unverified() > 0)
+        if self._settings.completion and ended and not self._too_large:
             self._fetch_all()
 
     # Not if it is larger than the cache.
     def _fetch_all(self) -> None:
-        settings, self._completes = self._settings, True
+        settings = self._settings
         blobs = [*self._blobs, *self._tree_files]
         total = sum(blob.size for blob in blobs)
         if not self._blobs:
             return
         if settings.cache_quota and total > settings.cache_quota:
+            self._too_large = True
             logger.warning(
                 "%s: not downloaded, larger than the cache (got %d bytes, wanted at most %d)",
                 self._repository,
@@ -262,7 +266,8 @@ class RemoteLayers:
             allowance = Allowance(self._cache.space, settings.completion_bytes_per_day)
             make_room = self._cache.space.make_room
             options = replace(options, at_once=at_once, allowance=allowance, metered=metered, room=make_room)
-        BackgroundDownload(blobs, options).start()
+        self._completion = BackgroundDownload(blobs, options)
+        self._completion.start()
 
     def unverified(self) -> int:
         """Return how many of the blobs at :meth:`opened` are not in the cache whole and verified."""

@@ -58,7 +58,10 @@ def flatten(image: Image, files: FlatFiles, progress: Callable[[int, int], objec
         runs = image.index.lookup(offset // SECTOR, -(-(offset + length) // SECTOR))
         if all(source < 0 for _, _, source, _ in runs):
             return None
-        return image.read_at(offset, length)
+        data = image.read_at(offset, length)
+        if image.unverified():  # evicted or damaged meanwhile, so read again: the layer's digest has not checked that
+            raise FlattenError(f"{image.name}: a layer did not stay in the cache whole and checked")
+        return data
 
     files.store(name, image.size, data_size(image), read)
     progress(image.size, image.size)

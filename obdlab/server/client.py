@@ -40,6 +40,7 @@ from obdlab.server.rundir import (
     RunDir,
     device_id_of,
     held,
+    is_lost,
     remove_device,
 )
 from obdlab.system import mount
@@ -249,7 +250,7 @@ class DeviceService:
             record = DeviceRecord.load(directory)
             if record is None:  # an attach in progress, or its leftovers: not a device (cleanup removes them)
                 continue
-            if not record.alive and self._remove_dead(directory):
+            if (not record.alive or is_lost(record, directory)) and self._remove_dead(directory):
                 continue
             devices.append(_as_device(record))
         return devices
@@ -316,7 +317,8 @@ class DeviceService:
         try:
             with held(directory, 1.0):
                 record = DeviceRecord.load(directory)
-                if record is not None and record.alive:  # attached again meanwhile
+                # attached again meanwhile
+                if record is not None and record.alive and not is_lost(record, directory):
                     return False
                 remove_device(directory)
         except DeviceError:

@@ -120,16 +120,14 @@ class Graduation:
         for failures in itertools.count():
             while image.unverified() and not self._is_unpacked(image):
                 time.sleep(look_s)
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
-            )
-            if done.returncode == 0:
+            why = _failure_of(command)
+            if not why:
                 return
-            why = done.stderr.decode(errors="replace").strip() or f"ended with status {done.returncode}"
             if _without_numbers(why) != said:
                 said = _without_numbers(why)
                 log.warning("%s: stays with its server, and is tried again: %s", self._directory.name, why)
             time.sleep(backoff_s(failures, _FIRST_PAUSE_S, _LONGEST_PAUSE_S))
+            image.complete()  # again, if the cache has lost a part since
 
     # By another device of the image, perhaps: then not all of it need come here.
     def _is_unpacked(self, image: Image) -> bool:
@@ -138,6 +136,19 @@ class Graduation:
             return record is not None and flat_files(allowing(record)).path(flat_name(image)).exists()
         except ObdlabError:  # the unpacker says which
             return False
+
+
+# "" if the command did its work.
+def _failure_of(command: list[str]) -> str:
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
+        )
+    except OSError as error:  # no processes, memory or descriptors left, for now
+        return f"cannot start the unpacking: {error.strerror}"
+    if done.returncode == 0:
+        return ""
+    return done.stderr.decode(errors="replace").strip() or f"ended with status {done.returncode}"
 
 
 # The amounts of missing space change from try to try; the reason does not.

@@ -134,6 +134,8 @@ class HostClient:
             )
         except subprocess.TimeoutExpired as error:
             raise DeviceError(f"the device host did not start within {timeout_s:.3g} s") from error
+        except OSError as error:  # no processes, memory or descriptors left, for now
+            raise DeviceError(f"the device host cannot be started: {error.strerror}") from error
         if done.returncode != 0:
             text = done.stderr.decode(errors="replace").strip()
             raise DeviceError(f"the device host did not start: {text or f'exit status {done.returncode}'}")

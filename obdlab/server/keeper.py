@@ -201,7 +201,11 @@ class Keeper:
         self._start(0)
 
     def _start(self, number: int) -> None:
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError as error:
+            self._could_not_start(number, f"no socket pair: {error.strerror}")
+            return
         task = Task(self._connection, self._path, number, self._restarts, self._plan.kind, self._plan.settings)
         settings = self._helper_settings if number else self._plan.settings
         try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 
 import msgspec
 
-from obdlab.devices import backingfile, kinds
+from obdlab.devices import backingfile, fuse_loop, kinds
 from obdlab.errors import DeviceError
 from obdlab.records import known_fields
 from obdlab.system import mount
@@ -171,6 +171,14 @@ class DeviceRecord(Plan):
         Raises TypeError or ValueError if it is malformed.
         """
         return msgspec.convert(known_fields(cls, values), cls)
+
+
+def is_lost(record: DeviceRecord, directory: Path) -> bool:
+    """Return True if the kernel alone served the device at ``directory``, and its node is another device's by now.
+
+    Devices of one image share the file behind them, so that it does not tell them apart.
+    """
+    return record.state is DeviceState.GRADUATED and not fuse_loop.is_of(Path(record.path), directory)
 
 
 @contextmanager

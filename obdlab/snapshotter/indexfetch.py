@@ -47,8 +47,7 @@ class Priming:
             if len(self._waiting) < _MOST_WAITING:
                 self._waiting.append(image)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="prime", daemon=True)
-                self._thread.start()
+                self._thread = _started(threading.Thread(target=self._run, name="prime", daemon=True))
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until the queue is done, and all that was begun. Return False on timeout."""
@@ -91,10 +90,8 @@ class Priming:
     def _begin_start(self, image: ImageConfig) -> None:
         thread = threading.Thread(target=self._fetch_start, args=(image,), name="prime-start", daemon=True)
         with self._guard:
-            if len(self._starts) >= _MOST_STARTS:
-                return
-            self._starts.add(thread)
-        thread.start()
+            if len(self._starts) < _MOST_STARTS and _started(thread) is not None:
+                self._starts.add(thread)
 
     def _fetch_start(self, image: ImageConfig) -> None:
         try:
@@ -106,8 +103,18 @@ class Priming:
     def _prime(self, image: ImageConfig, *, start: bool = False) -> None:
         try:
             self._devices.prime(image, start=start)
-        except ObdlabError as error:  # opening the image reports it again if it matters
+        except (ObdlabError, OSError) as error:  # opening the image reports it again if it matters
             logger.info("not fetched ahead of the first start: %s", error)
+
+
+# None if the system has no threads left at present: the next pull tries again.
+def _started(thread: threading.Thread) -> threading.Thread | None:
+    try:
+        thread.start()
+    except RuntimeError as error:
+        logger.warning("nothing is fetched ahead of the first start: %s", error)
+        return None
+    return thread
 
 
 # Leaves out images that others of them are made on: those of the lower layers of one pull.

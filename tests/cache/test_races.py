@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -73,6 +74,25 @@ def test_units_evicted_while_the_blob_is_hashed_leave_it_unverified(tmp_path: Pa
         blob.fetch_in_background(0, 1)
         assert blob.verify()
         assert blob.verified
+
+
+def test_a_cache_cleared_while_the_blob_is_hashed_leaves_it_unverified(tmp_path: Path) -> None:
+    with open_cached(tmp_path, Origin()) as blob:
+        assert blob.read_at(0, len(DATA)) == DATA
+        load = blob._units.load
+
+        def load_and_lose(first: int, stop: int) -> bytes:
+            data = load(first, stop)
+            if stop == UNITS:
+                shutil.rmtree(blob._files.directory)
+                fresh = CacheFiles.open(blob._units._space, blob._files.directory, blob.size, UNIT)
+                blob._files.replace(fresh)
+            return data
+
+        blob._units.load = load_and_lose  # type: ignore[method-assign]
+        assert not blob.verify()
+        assert not blob.verified
+        assert not blob._files.header.verified
 
 
 def test_units_evicted_while_the_blob_is_checked_leave_it_unverified(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -132,6 +133,46 @@ def test_what_a_killed_process_left_is_made_anew(space: EvictingSpace) -> None:
     assert fd is not None
     assert content_of(fd) == CONTENT
     os.close(fd)
+
+
+def test_what_a_killed_process_left_takes_no_room(space: EvictingSpace) -> None:
+    files = FlatFiles(space)
+    directory = files.path("one").parent
+    directory.mkdir(parents=True)
+    (directory / "disk.new").write_bytes(b"half" * 10 * PIECE)
+    space.count()
+    dense(files, "one", 30)
+    assert files.path("one").exists()
+    counted = space.excess()
+    space.count()
+    assert abs(counted - space.excess()) <= 64 << 10
+
+
+def test_an_open_that_the_process_cannot_make_leaves_the_disk(
+    space: EvictingSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = FlatFiles(space)
+    files.store("one", SIZE, 2 * PIECE, read)
+
+    def refuse(_: Path) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(FlatFileError, match="Too many open files"):
+        files.take_into_use("one")
+    assert files.path("one").exists()
+
+
+def test_a_disk_that_cannot_be_read_goes(space: EvictingSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = FlatFiles(space)
+    files.store("one", SIZE, 2 * PIECE, read)
+
+    def fail(*_: int) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("obdlab.cache.unpacked.os.pread", fail)
+    assert files.take_into_use("one") is None
+    assert not files.path("one").exists()
 
 
 def test_a_store_that_fails_reports_why_if_its_file_was_removed_meanwhile(space: EvictingSpace) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from obdlab.blob import find
 from obdlab.cache.admin import entries
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.cache.eviction import EvictingSpace
 from obdlab.cache.space import CacheSpace
 from obdlab.cache.unpacked import FlatFiles
@@ -19,6 +21,7 @@ from obdlab.image.config import ImageConfig
 from obdlab.image.open import Image, open_image
 from obdlab.lab.testbed.netns import ExperimentNetwork
 from obdlab.layerfiles.diskimport import import_disk
+from obdlab.layerfiles.flatten import FlattenError, flat_name, flatten
 from obdlab.layerfiles.writing import Packing
 from obdlab.settings.settings import Settings
 from tests.image.test_download import wait_until
@@ -171,6 +174,48 @@ def test_by_default_only_a_device_completes_its_image(
         image.complete()
         wait_until(lambda: verified(default))
         assert image.read_at(0, SIZE) == DATA
+
+
+def test_what_the_cache_lost_is_completed_again(
+    registry_server: RegistryServer, settings: Settings, layer: Path
+) -> None:
+    config = push(registry_server, "completion/again", [layer])
+    default = replace(settings, completion_at_once=False, download_delay_s=0, download_delay_extra_s=0)
+    with opened(config, default) as image:
+        image.complete()
+        wait_until(lambda: verified(default))
+        wait_until(lambda: not image.unverified())
+        image.complete()  # nothing to do
+        blob = find(image.layers[0].data, CachedBlob)
+        assert blob is not None
+        blob.evict(0, 1)
+        assert image.unverified() == 1
+        image.complete()
+        wait_until(lambda: verified(default))
+        assert image.read_at(0, SIZE) == DATA
+
+
+def test_a_layer_that_loses_a_part_while_it_is_unpacked_is_not_kept(
+    registry_server: RegistryServer, settings: Settings, layer: Path
+) -> None:
+    """The part comes from the registry again, and the layer's digest has not checked it."""
+    config = push(registry_server, "completion/unpacked", [layer])
+    files = FlatFiles(CacheSpace(settings.cache_dir))
+    with opened(config, replace(settings, download_delay_s=0, download_delay_extra_s=0)) as image:
+        wait_until(lambda: verified(settings))
+        wait_until(lambda: not image.unverified())
+        blob = find(image.layers[0].data, CachedBlob)
+        assert blob is not None
+        lost = []
+
+        def lose(offset: int, _: int) -> None:
+            if offset >= 4 * MIB and not lost:
+                lost.append(blob.evict(8 * MIB, 1))
+
+        with pytest.raises(FlattenError, match="did not stay in the cache"):
+            flatten(image, files, lose)
+        assert not files.path(flat_name(image)).parent.joinpath("disk.new").exists()
+        assert not files.path(flat_name(image)).exists()
 
 
 @pytest.mark.parametrize("changes", [{"completion": False}, {"download_delay_s": 1000.0}])

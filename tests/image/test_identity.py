@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,6 +38,16 @@ def test_local_layers(tmp_path: Path, numbers: list[int]) -> None:
     with open_image(config, Settings(cache_dir=tmp_path)) as image:
         assert isinstance(image, Image)
         assert flat_name(image) == expected_name(config)
+
+
+def test_another_layer_in_the_same_file_with_the_same_times(tmp_path: Path) -> None:
+    layer = tmp_path / "layer"
+    names = set()
+    for number in (1, 2):
+        layer.write_bytes((GOLDEN / f"layer{number}.obd").read_bytes()[:4096])
+        os.utime(layer, ns=(0, 0))
+        names.add(of(LowerConfig(file=str(layer))))
+    assert len(names) == 2
 
 
 @pytest.mark.registry

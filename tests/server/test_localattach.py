@@ -96,6 +96,22 @@ def place(tmp_path: Path) -> Iterator[Place]:
     assert not any(devices_of(place.directory / "run" / "devices" / name) for name in ("first", "x", "y"))
 
 
+def test_a_node_that_is_another_devices_by_now_is_not_given_out(place: Place) -> None:
+    place.unpack()
+    service = place.service
+    first = service.attach(place.config, "x")
+    # The record stays, as after the last use of a released device.
+    loop.detach(first.path, label=loop.label_of(first.path))
+    second = service.attach(place.config, "y")
+    assert second.path == first.path
+    assert service.list() == [second]
+    again = service.attach(place.config, "x")
+    assert again.path != second.path
+    assert service.detach("y")
+    assert devices_of(service.run_dir.device("x")) == [again.path]
+    assert service.detach("x")
+
+
 def test_the_next_start_needs_no_process(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     place.unpack()
     shutil.rmtree(place.directory / "run")

@@ -81,6 +81,27 @@ def test_the_start_of_a_whole_image_is_fetched_once_its_layers_are_there() -> No
     assert sorted(devices.starts, key=str) == sorted(whole, key=str)
 
 
+def test_without_a_thread_the_next_pull_tries_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = Devices()
+    devices.go_on.set()
+    priming = Priming(devices)  # type: ignore[arg-type]
+    start, refused = threading.Thread.start, [True, False, True]
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name.startswith("prime") and refused and refused.pop(0):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr("threading.Thread.start", refuse)
+    priming.add(image("x", 0))
+    assert priming.wait(WAIT_S)
+    assert devices.images == []
+    priming.add(image("y", 1))
+    assert priming.wait(WAIT_S)
+    assert asked(devices) == [("x", ("00",)), ("y", ("01",))]
+    assert len(devices.starts) == 1  # the other one got no thread
+
+
 def test_an_image_that_is_started_is_left_to_its_server() -> None:
     devices = Devices()
     devices.go_on.set()

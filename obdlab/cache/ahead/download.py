@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from obdlab.cache.fetchpool import FetchPool
 from obdlab.cache.policy import LARGEST_PIECE, Part, Situation, Step, Why, most_likely, next_step, speed
-from obdlab.errors import ObdlabError
+from obdlab.errors import ObdlabError, SourceError
 from obdlab.system.locks import try_lock
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ _LOOK_S = 0.2
 _LATER_S = 1.0
 # Until the cache is asked again for room that it did not have.
 _ROOM_LOOK_S = 60.0
+# The most that one try fetches though the cache keeps nothing: it is full, or its file system read-only.
+_MOST_LOST = 16 << 20
 # Time over which the rate is measured that all pieces together achieve.
 _MEASURED_S = 0.25
 
@@ -182,8 +184,11 @@ class BackgroundDownload:
 
     def _fetch_all_of(self, blob: CachedBlob) -> None:
         unit = 0
+        lost = blob.counters.uncached_bytes
         try:
             while (run := blob.missing_piece(unit, LARGEST_PIECE)) is not None and self._error is None:
+                if blob.counters.uncached_bytes - lost > _MOST_LOST:
+                    raise SourceError("the cache keeps nothing at present", blob=blob.name)
                 first, stop = run
                 step = self._decide(blob, blob.length_of(first, stop))
                 if step.why is not Why.FETCH:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,20 @@ def test_the_missing_piece_after_what_is_cached(tmp_path: Path) -> None:
         assert blob.missing_piece(units - 1) == (units - 1, units)
         blob.read_at(0, len(DATA))
         assert blob.missing_piece(0) is None
+
+
+def test_little_is_fetched_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("obdlab.cache.ahead.download._MOST_LOST", PIECE)
+    data = random.Random(22).randbytes(64 * PIECE)
+    source = Origin(data)
+    with closing(BlockCache(tmp_path, unit=UNIT, readahead_max=0).open(source, digest_of(data))) as blob:
+        assert isinstance(blob, CachedBlob)
+        monkeypatch.setattr("obdlab.cache.unitfiles.CacheFiles.store", refuse)
+        assert download(blob).wait(60)
+    assert sum(length for _, length in source.reads) < 64 * PIECE
 
 
 def test_readers_meanwhile_get_right_bytes(tmp_path: Path) -> None:
