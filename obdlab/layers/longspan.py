@@ -7,12 +7,13 @@ later read begins at the last copy before it, and reading in order goes on with 
 from __future__ import annotations
 
 import threading
+import zlib
 from bisect import bisect_right
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from obdlab.call import UNBOUND
-from obdlab.errors import SourceError
+from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.gzipindex import WINDOW
 from obdlab.formats.gzipmember import begin_inside_byte
 from obdlab.layers.inflater import Inflater
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 #: Content between two copies of the state, and most copies: each has about 50 KiB.
 DISTANCE = 4 << 20
 MOST_POINTS = 256
+#: Most content between two copies, which is in memory at a time.
+MOST_DISTANCE = 64 << 20
 # Compressed bytes given at a time: at deflate's best rate they are 16 MiB of content.
 _STEP = 16 << 10
 # Longest wait for another thread that decodes in the same span: it may have to inflate all of it.
@@ -35,7 +38,8 @@ _LONGEST_WAIT_S = 300.0
 class _Point(NamedTuple):
     content: int  # from the span's beginning
     stored: int  # in the gzip file
-    inflater: Inflater
+    inflater: Inflater  # stays as it is: reads go on with copies
+    sum: int  # CRC-32 of the piece before it
 
 
 class LongSpan:
@@ -45,7 +49,8 @@ class LongSpan:
 
     At its end ``check`` is called with the last 32 KiB, the inflater and the call, and raises if they are wrong. With
     ``trusted`` False that happens before the first byte is returned. ``keep`` gets a piece's number, a function that
-    decodes it and the call; it may call the function or not, if it has kept the piece. Thread-safe.
+    decodes it and the call; it may call the function or not, if it has kept the piece. Thread-safe. Raises FormatError
+    for a span of more than MOST_POINTS * MOST_DISTANCE.
     """
 
     def __init__(
@@ -65,11 +70,20 @@ class LongSpan:
         (self._begin, self._end), self._bits = stored, bits
         self._first, self._window = inflater, window
         self._distance = max(DISTANCE, inflater.left // MOST_POINTS)
+        if self._distance > MOST_DISTANCE:
+            raise FormatError(
+                "gzip layer has too much content between two places at which its index begins",
+                blob=below.name,
+                got=inflater.left,
+                wanted=f"at most {MOST_POINTS * MOST_DISTANCE}",
+            )
         self._last = last
         self._trusted = trusted
         self._check = check
         self._keep = keep
         self._lock = threading.Lock()
+        self._points: list[_Point] = []
+        self._before = 0  # pieces of earlier rounds, which may be kept and must not be found again
         #: As :class:`obdlab.layers.spannedtarget.Long` has it.
         self.decoded_bytes = 0
         self._begin_again()
@@ -80,9 +94,9 @@ class LongSpan:
             self._begin_again()
 
     def _begin_again(self) -> None:
-        self._points = [_Point(0, self._begin, self._first.copy())]
+        self._before += len(self._points)
+        self._points = [_Point(0, self._begin, self._first, 0)]
         self._complete = False
-        self._frontier = self._first.copy()
         self._tail = self._window
 
     def close(self) -> None:
@@ -119,32 +133,35 @@ class LongSpan:
         while True:
             number = bisect_right(self._points, offset, key=lambda point: point.content) - 1
             if number < len(self._points) - 1:
-                return self._points[number].content, self._keep(number, partial(self._again, number, call), call)
+                again = partial(self._again, number, call)
+                return self._points[number].content, self._keep(self._before + number, again, call)
             begin = self._points[number].content
             piece = self._advance(call)
             if offset < begin + len(piece):
                 return begin, piece
 
-    # Decodes from the last point on, and adds the next. Needs the lock.
+    # Decodes from the last point on, and adds the next; an error leaves the last one as it is. Needs the lock.
     def _advance(self, call: Call | None) -> bytes:
-        content, stored, _ = self._points[-1]
+        content, stored, inflater, _ = self._points[-1]
+        frontier = inflater.copy()
         parts: list[bytes] = []
         size = 0
         while size < self._distance and stored < self._end:
-            stored = self._take(self._frontier, stored, call)
-            part = self._frontier.taken()
+            stored = self._take(frontier, stored, call)
+            part = frontier.taken()
             size += len(part)
             parts.append(part)
         piece = b"".join(parts)
         self.decoded_bytes += size
-        self._tail = (self._tail + piece)[-WINDOW:]
+        tail = (self._tail + piece)[-WINDOW:]
         if stored == self._end:
-            self._frontier.end(last=self._last)
-            self._check(self._tail, self._frontier, call)
+            frontier.end(last=self._last)
+            self._check(tail, frontier, call)
             self._complete = True
+        self._tail = tail
         number = len(self._points) - 1
-        self._points.append(_Point(content + size, stored, self._frontier.copy()))
-        return self._keep(number, lambda: piece, call)
+        self._points.append(_Point(content + size, stored, frontier, zlib.crc32(piece)))
+        return self._keep(self._before + number, lambda: piece, call)
 
     def _again(self, number: int, call: Call | None) -> bytes:
         point, end = self._points[number], self._points[number + 1].stored
@@ -153,6 +170,11 @@ class LongSpan:
             stored = self._take(inflater, stored, call)
         piece = inflater.taken()
         self.decoded_bytes += len(piece)
+        after = self._points[number + 1]
+        if len(piece) != after.content - point.content or zlib.crc32(piece) != after.sum:
+            raise CorruptBlobError(
+                "gzip data inflates to other content than before", blob=self._below.name, offset=point.stored
+            )
         return piece
 
     def _take(self, inflater: Inflater, stored: int, call: Call | None) -> int:

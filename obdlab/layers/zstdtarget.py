@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 STEP = 1 << 20
 _READ = 256 << 10
 _LONGEST_WAIT_S = 600.0
+#: Left free on the file system of a long frame's file, or this share of it: the frame's size is an image's word.
+_LEAST_FREE, _FREE_SHARE = 1 << 30, 16
 
 
 class ZstdTarget(SpannedTarget):
@@ -119,6 +121,13 @@ class _Decoder:
             raise CorruptBlobError(what, blob=self._name, offset=self.source.at) from error
 
 
+def _check_room(fd: int) -> None:
+    status = os.fstatvfs(fd)
+    floor = min(_LEAST_FREE, status.f_blocks * status.f_frsize // _FREE_SHARE)
+    if status.f_bavail * status.f_frsize < floor + STEP:
+        raise OSError(errno.ENOSPC, f"less than {floor >> 20} MiB would be left on its disk")
+
+
 class _LongFrame:
     # The decoded beginning of a long frame, in a file without a name: nothing stays of it after a crash.
     def __init__(self, make: Callable[[Call | None], _Decoder], size: int, name: str, directory: str) -> None:
@@ -177,6 +186,7 @@ class _LongFrame:
                     self.decoded_bytes += len(decoder.read(min(STEP, self._done - at)))
             decoder.source.call = call
             while self._done < end:
+                _check_room(fd)
                 data = decoder.read(min(STEP, end - self._done))
                 self.decoded_bytes += len(data)
                 if os.pwrite(fd, data, self._done) != len(data):

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gzip
 import random
+import zlib
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from obdlab.blob import MemoryBlob, Wrapper
 from obdlab.call import Call
-from obdlab.errors import CorruptBlobError
+from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.gzipindex import HEADER_SIZE, MIN_SPAN, IndexHeader
 from obdlab.layers import longspan, spannedtarget
 from obdlab.layers.gziptarget import GzipTarget
+from obdlab.layers.inflater import Inflater
 from obdlab.layers.spancache import SpanCache
 from tests.layers.gzip_samples import content, index_of, member, one_block, target_of
 
@@ -190,3 +193,73 @@ def test_damage_in_a_cache_below_is_evicted_and_read_once_more() -> None:
     below.damaged = True
     assert blob.read_at(SIZE - 100, 100) == DATA[-100:]  # the end is where the length tells
     assert below.evicted == 1
+    assert blob.read_at(0, SIZE) == DATA  # nor are pieces that were decoded before found again
+
+
+@pytest.mark.usefixtures("small")
+def test_a_read_that_fails_half_way_changes_nothing() -> None:
+    """Every step of a piece once."""
+
+    class Failing(Wrapper):
+        left = -1
+
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            self.left -= 1
+            if self.left == 0:
+                raise SourceError("down", temporary=True)
+            return super().read_at(offset, length, call)
+
+    steps = DISTANCE // longspan._STEP + 3
+    for step in range(1, steps):
+        below = Failing(MemoryBlob(GZ))
+        blob = GzipTarget(below, MemoryBlob(INDEX))
+        assert blob.read_at(0, 1) == DATA[:1]
+        at = (blob.piece(0) or (0, 0))[1]
+        below.left = step
+        with suppress(SourceError):
+            blob.read_at(at, 100)
+        assert blob.read_at(at, 3 * DISTANCE) == DATA[at : at + 3 * DISTANCE], step
+        assert blob.read_at(SIZE - 100, 100) == DATA[-100:]
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("stays", [False, True])
+def test_a_piece_that_changes_below_is_found(stays: bool) -> None:
+    class Changing(Wrapper):
+        damaged = False
+
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            data = super().read_at(offset, length, call)
+            # A stored block that is empty and the last: the content ends there.
+            return b"\x01\0\0\xff\xff".ljust(length, b"\0") if self.damaged else data
+
+        def evict(self, offset: int, length: int) -> None:
+            self.damaged = stays and self.damaged
+
+    below = Changing(MemoryBlob(GZ))
+    blob = GzipTarget(below, MemoryBlob(INDEX), spans=SpanCache(0))
+    assert blob.read_at(SIZE - 1, 1) == DATA[-1:]
+    begin, end = blob.piece(SIZE // 2) or (0, 0)
+    below.damaged = True
+    if stays:
+        with pytest.raises(CorruptBlobError):
+            blob.read_at(end - 10, 10)
+        below.damaged = False
+    assert blob.read_at(end - 10, 10) == DATA[end - 10 : end]
+    assert blob.read_at(begin, end - begin) == DATA[begin:end]
+
+
+def test_pieces_are_bounded_whatever_an_index_says() -> None:
+    content = longspan.MOST_POINTS * (longspan.MOST_DISTANCE + 1)
+    with pytest.raises(FormatError, match="too much content between two places"):
+        longspan.LongSpan(
+            MemoryBlob(GZ),
+            (0, len(GZ)),
+            0,
+            Inflater(b"", content, library=zlib),
+            b"",
+            last=True,
+            trusted=True,
+            check=lambda *_: None,
+            keep=lambda _, decode, __: decode(),
+        )

@@ -134,6 +134,22 @@ def test_a_long_frame_is_decoded_once_and_not_in_memory(tmp_path: Path, monkeypa
     blob.close()
 
 
+def test_a_long_frame_leaves_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 10)
+    stored = frame(NOISE[:100_000])
+    index = MemoryBlob(index_of(stored)[0])
+    with ZstdTarget(MemoryBlob(stored, "layer"), index, spans=SpanCache(directory=str(tmp_path))) as blob:
+        found = os.statvfs(tmp_path)
+        full = os.statvfs_result((*found[:4], found.f_blocks // 16, *found[5:10]))
+        monkeypatch.setattr("obdlab.layers.zstdtarget.os.fstatvfs", lambda _: full)
+        monkeypatch.setattr("obdlab.layers.zstdtarget._LEAST_FREE", 1 << 60)
+        with pytest.raises(SourceError, match="cannot keep the decoded content.*would be left on its disk"):
+            blob.read_at(50_000, 10)
+        monkeypatch.undo()
+        monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 10)
+        assert blob.read_at(50_000, 10) == NOISE[50_000:50_010]
+
+
 def test_no_space_for_a_long_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 10)
     stored = frame(NOISE[:100_000])

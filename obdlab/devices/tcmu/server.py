@@ -164,8 +164,9 @@ class TcmuServer:
                     raise RuntimeError(f"read_at returned {len(data)} of {length} bytes")
                 self._memory[begin : begin + length] = data
             else:
-                out = memoryview(self._memory)[begin : begin + length]
-                self._disk.blob.read_into(lba * block_size, out, member.call)
+                # Released here: frames of an error would keep them, and the mapping could not be closed.
+                with memoryview(self._memory) as ring, ring[begin : begin + length] as out:
+                    self._disk.blob.read_into(lba * block_size, out, member.call)
         except Exception as error:
             sense = self._fail(member, scsi.read_10(lba, blocks), error)
             self._ring.complete(number, scsi.CHECK_CONDITION, sense)

@@ -101,8 +101,10 @@ class UioDevice:
 
     def close(self) -> None:
         """Unmap and close."""
-        self.memory.close()
-        os.close(self.descriptor)
+        try:
+            self.memory.close()
+        finally:
+            os.close(self.descriptor)
 
 
 # A /dev without devtmpfs, as in some containers, lacks the node.
