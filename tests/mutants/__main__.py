@@ -3,7 +3,7 @@
     python -m tests.mutants map [--host]           which tests run which lines (once; --host: those with devices too)
     python -m tests.mutants run formats layers     change lines, run the tests that ran them, write down what survived
     python -m tests.mutants run --top-up cache     as many further mutants as the page's row of the room lacks
-    python -m tests.mutants report                 score and survivors, as docs/develop/mutants.md has them
+    python -m tests.mutants report                 scores (docs/develop/mutants.md) and survivors (survivors.md here)
 
 A mutant is caught when one of the tests that run its line fails or does not end in time. Results go to
 results/mutants/ROOM.jsonl and are kept: a second run goes on where the first was, unless the file has changed.
@@ -36,7 +36,7 @@ def main() -> int:
     run.add_argument("--workers", type=int, default=2)
     run.add_argument("--again", action="store_true", help="try survivors again")
     run.add_argument("--top-up", action="store_true", help="as many as the rows of the page lack, of today's code")
-    commands.add_parser("report").add_argument("--write", action="store_true", help="into docs/develop/mutants.md")
+    commands.add_parser("report").add_argument("--write", action="store_true", help="into their files")
     arguments = parser.parse_args()
     try:
         if arguments.command == "map":

@@ -1,4 +1,4 @@
-"""Score and survivors of the last run, as a page."""
+"""Scores of the last run, as a page, and its survivors, as a list."""
 
 from __future__ import annotations
 
@@ -52,18 +52,19 @@ many from the code as it is then, in a row of their own ("added").
 
 
 def main(root: Path, *, write: bool) -> int:
-    """Print the page, or write it to docs/develop/mutants.md. Return 1 if a room's score is below 85 %."""
-    page, worst = _page(root)
+    """Print page and list, or write them to their files. Return 1 if a room's score is below 85 %."""
+    page, survivors, worst = _page(root)
     if write:
         _path(root).write_text(page)
+        _survivors_path(root).write_text(survivors)
     else:
-        print(page)
+        print(page, survivors, sep="\n")
     return int(worst < 0.85)
 
 
 def missing_of(room: str, root: Path) -> int:
     """Return how many mutants the room's row of the page lacks. Raises ValueError without such a row."""
-    for line in _known(room, root):
+    for line in _known(room, _path(root)):
         return max(0, COUNT - int(line.split("|")[2]))
     raise ValueError(f"{_path(root)}: no row of {room}")
 
@@ -72,13 +73,17 @@ def _path(root: Path) -> Path:
     return root / "docs" / "develop" / "mutants.md"
 
 
-# The room's row of the page as it is, and its survivors: those of a run elsewhere.
-def _known(room: str, root: Path) -> list[str]:
-    lines = _path(root).read_text().splitlines() if _path(root).exists() else []
+def _survivors_path(root: Path) -> Path:
+    return root / "tests" / "mutants" / "survivors.md"
+
+
+# The room's row of the page as it is, or its survivors of the list: those of a run elsewhere.
+def _known(room: str, path: Path) -> list[str]:
+    lines = path.read_text().splitlines() if path.exists() else []
     return [line for line in lines if line.startswith(f"| {room} |")]
 
 
-def _page(root: Path) -> tuple[str, float]:
+def _page(root: Path) -> tuple[str, str, float]:
     equivalent = equivalents(root)
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=root, capture_output=True, text=True, check=True
@@ -90,18 +95,18 @@ def _page(root: Path) -> tuple[str, float]:
         added = f"{room}, added"
         for name, results in ((room, results_of(room, root)), (added, results_of(room, root, added=True))):
             if not results.exists():  # as run elsewhere
-                known = _known(name, root)
-                table += known[:1] or ([] if name == added else [f"| {room} | not run yet | | | | | |"])
-                survivors += known[1:]
+                known = _known(name, _path(root))
+                table += known or ([] if name == added else [f"| {room} | not run yet | | | | | |"])
+                survivors += _known(name, _survivors_path(root))
                 continue
             entries = of_sample(room, root, results) if name == room else _still_there(root, results)
             row, score, found = _row(name, entries, equivalent, commit)
             worst = min(worst, score) if name == room else worst  # of a few mutants, a share says little
             table.append(row)
             survivors += found
-    lines = [*table, "", f"The seed is {_SEED}.", "", "## Survivors", ""]
-    lines += ["| room | file | line | mutant |", "|---|---|---|---|", *survivors]
-    return _HEAD + "\n".join(lines) + "\n", worst
+    page = [*table, "", f"The seed is {_SEED}. [The survivors](../../tests/mutants/survivors.md)."]
+    listed = ["# Survivors", "", "| room | file | line | mutant |", "|---|---|---|---|", *survivors]
+    return _HEAD + "\n".join(page) + "\n", "\n".join(listed) + "\n", worst
 
 
 def _row(
