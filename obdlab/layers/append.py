@@ -265,9 +265,10 @@ class AppendUpper(Upper):
         # Data first: a record on stable storage must not point at data that is not there.
         with self._syncing:
             with self._writing:
-                if self.state not in (State.WRITABLE, State.CLOSED):  # nothing to flush
+                if self.state in (State.READ_ONLY, State.RETIRED):  # nothing to flush
                     return
-                log = self._writable_log()
+                # A seal may yet be undone: then the log counts, which sealing has written and not synced.
+                log = self._log if self.state is State.SEALED and self._log is not None else self._writable_log()
                 log.write_group()
             self._file.sync()
             log.sync()
@@ -393,13 +394,14 @@ class AppendUpper(Upper):
                 segments = self._map.to_segments()
             since = log.end
         file = log.begin_rewrite(segments)
+        unfinished = file.name  # go_on_in renames it: what has become the index must stay
         with self._syncing, self._writing:
             try:
                 self._writable_log()
                 self._file.sync()  # first here, too: a stored record must not point at data that is not
                 log.go_on_in(file, since)
             except BaseException:
-                discard_file(file)
+                discard_file(file, unfinished)
                 raise
             log.sync()
 

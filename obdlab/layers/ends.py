@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from obdlab.blob import range_in
 from obdlab.errors import ObdlabError
 from obdlab.formats.lsmt.layout import HEADER_SPACE, RECORD_SIZE, SECTOR, Trailer, check_sealed_trailer
+from obdlab.formats.zfile.jumptable import check_bounds
 from obdlab.formats.zfile.layout import CRC_SIZE, HEADER_SIZE, is_zfile
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile_reader import open_zfile, read_description
@@ -33,11 +34,13 @@ _END_LEAST = 16 << 10
 # A layer's index of 16 bytes per segment is rarely larger when compressed.
 _MOST_INDEX = 256 << 10
 _TAIL = 2 * HEADER_SPACE
+# Sizes and offsets are a registry's and an image's word: opening reads what is further off within its budget.
+_MOST_END, _MOST_REST = 16 << 20, 64 << 20
 
 
 def guessed_end(size: int) -> int:
     """Return the size of the end of a blob of ``size`` bytes that the first round fetches."""
-    return min(size, size // _END_SHARE + _END_LEAST)
+    return min(size, size // _END_SHARE + _END_LEAST, _MOST_END)
 
 
 def places(blob: Blob, unit: int) -> tuple[int, int]:
@@ -74,10 +77,11 @@ def fetch_rest_of_end(blob: Blob) -> None:
         if not is_zfile(content.read_at(0, min(HEADER_SIZE, content.size))):
             return
         header = read_description(content)
+        check_bounds(header, content.size, blob=content.name)
         start, _ = range_in(blob, content, 0, 0)
         known = blob.size - guessed_end(blob.size) - start
         needed = _needed(content, header, known)
-        if 0 <= needed < known:
+        if 0 <= needed < known and known - needed <= _MOST_REST:
             content.read_at(needed, known - needed)
     except ObdlabError:
         return

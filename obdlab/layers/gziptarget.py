@@ -124,7 +124,7 @@ class GzipTarget(SpannedTarget):
         inflater = self._inflater(number, self._window(number, call), None)
         (begin, end), span = self._stored_range(number, number), inflater.left
         # One read, if the beginning compresses about as well as all of the span.
-        step = min(end - begin, (end - begin) * length // span + _HEAD, _PIECE)
+        step = max(1, min(end - begin, (end - begin) * length // span + _HEAD, _PIECE))
         for data in self._stored_parts(number, step, call):
             inflater.take(data)
             if span - inflater.left >= length:

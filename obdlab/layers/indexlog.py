@@ -200,7 +200,7 @@ class IndexLog:
             file.write_at(HEADER_SPACE, encode_segments(segments))
             file.sync()
         except BaseException:
-            discard_file(file)
+            discard_file(file, path)
             raise
         return file
 
@@ -231,8 +231,8 @@ class IndexLog:
             self._file.close()
 
 
-def discard_file(file: LayerFile) -> None:
-    """Close an unfinished file and delete it."""
+def discard_file(file: LayerFile, path: str) -> None:
+    """Close an unfinished file, and delete it if it still has its first name, ``path``."""
     file.close()
     with suppress(OSError):
-        os.unlink(file.name)
+        os.unlink(path)

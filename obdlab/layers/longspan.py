@@ -86,12 +86,12 @@ class LongSpan:
         self._before = 0  # pieces of earlier rounds, which may be kept and must not be found again
         #: As :class:`obdlab.layers.spannedtarget.Long` has it.
         self.decoded_bytes = 0
+        self._stale = False
         self._begin_again()
 
     def forget(self) -> None:
-        """Begin once more from the entry."""
-        with self._lock:
-            self._begin_again()
+        """Begin once more from the entry: the next read does, as the lock may be held for long."""
+        self._stale = True
 
     def _begin_again(self) -> None:
         self._before += len(self._points)
@@ -110,6 +110,9 @@ class LongSpan:
             what = "another thread has not decoded the same part in time"
             raise SourceError(what, blob=self._below.name, temporary=True)
         try:
+            if self._stale:
+                self._stale = False
+                self._begin_again()
             while not (self._trusted or self._complete):
                 self._advance(call)
             parts = []

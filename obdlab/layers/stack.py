@@ -15,6 +15,7 @@ from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.layers.budget import MOST_SEGMENTS
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.seal import SwitchMark
+from obdlab.layers.upperstate import State
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -350,6 +351,7 @@ class WritableStack(WritableBlob):
             raise FormatError("layer to go on in is not an empty one of the disk's size", blob=upper.name)
         if len(layers) >= MAX_LAYERS:
             raise FormatError("a stack is full", blob=self.name, got=f"{len(layers)} lowers", wanted="one less")
+        _check_ends(lowers, self._size)
         if not upper.virtual_size:
             upper.set_virtual_size(self._size)
         upper.flush()
@@ -369,7 +371,8 @@ class WritableStack(WritableBlob):
                     old.unseal()
                     raise
             except BaseException:
-                mark.remove()
+                if old.state is not State.SEALED:  # else the next opening must undo the seal
+                    mark.remove()
                 raise
             below = LayeredIndex(None if lowers is None else lowers.index, old.lookup)
             # The stack below is only used for lookups until the index is merged.
@@ -399,8 +402,10 @@ class WritableStack(WritableBlob):
     def as_layers(self) -> Stack:
         """Return the same disk as a read-only stack of all layers, which still belong to this stack.
 
-        It shows the upper layer as it is now; valid until that layer is changed or collected.
+        It shows the upper layer as it is now; valid until that layer is changed or collected. Raises FormatError if
+        the disk is larger than lowers that have data beyond their end.
         """
+        _check_ends(self.lowers, self._size)
         layers: list[Layer] = [] if self.lowers is None else list(self.lowers.layers)
         return Stack([*layers, self.upper])
 
@@ -414,6 +419,15 @@ class WritableStack(WritableBlob):
         self.upper.close()
         if self.lowers is not None:
             self.lowers.close()
+
+
+# In a stack of all layers, which is as large as the upper one, data of a lower that lies beyond the end of those above
+# it would come back.
+def _check_ends(lowers: Stack | None, size: int) -> None:
+    if lowers is not None and size > lowers.size and lowers.index.end_sectors * SECTOR > lowers.size:
+        raise FormatError(
+            "lowers have data beyond their end, which a larger disk of all layers would show", blob=lowers.name
+        )
 
 
 def _flush_until_short(upper: Upper) -> None:

@@ -182,12 +182,13 @@ class SparseUpper(Upper):
         self._file.sync()
 
     def set_virtual_size(self, virtual_size: int) -> None:
-        # The file is extended first, so that a crash in between leaves a layer that opens.
+        # The file is extended first, and stored so, that a crash in between leaves a layer that opens.
         self._check_writable()
         self._check_growth(virtual_size)
         self._file.resize(HEADER_SPACE + virtual_size)
         if not self.virtual_size:
             _check_holes(self._file, virtual_size)
+        self._file.sync()
         header = replace(self.header, virtual_size=virtual_size)
         self._file.write_at(0, header.to_bytes())
         self.header = header

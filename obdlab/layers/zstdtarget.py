@@ -140,10 +140,11 @@ class _LongFrame:
         self._lock = threading.Lock()
         self._file: IO[bytes] | None = None
         self._done = 0
+        self._stale = False
         self.decoded_bytes = 0
 
     def read(self, offset: int, length: int, call: Call | None = None) -> bytes:
-        if offset + length > self._done:
+        if self._stale or offset + length > self._done:
             self._decode_to(min(self._size, -(-(offset + length) // STEP) * STEP), call)
         try:
             data = os.pread(self._fd(), length, offset)
@@ -158,8 +159,8 @@ class _LongFrame:
         return at, min(self._size, at + STEP)
 
     def forget(self) -> None:
-        with self._lock:
-            self._decoder, self._done = None, 0
+        # The next read does, as the lock may be held for long.
+        self._stale = True
 
     def close(self) -> None:
         with self._lock:
@@ -178,6 +179,9 @@ class _LongFrame:
             what = "another thread has not decoded the same frame in time"
             raise SourceError(what, blob=self._name, temporary=True)
         try:
+            if self._stale:
+                self._stale = False
+                self._decoder, self._done = None, 0
             fd = self._fd()
             decoder, self._decoder = self._decoder, None
             if decoder is None:

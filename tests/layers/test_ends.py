@@ -11,6 +11,7 @@ import pytest
 from obdlab.blob import Blob, MemoryBlob
 from obdlab.call import Call
 from obdlab.formats.tar import wrap_header, wrap_tail
+from obdlab.formats.zfile.layout import Flags, ZFileHeader
 from obdlab.layers import ends
 from obdlab.layers.commit import commit
 from obdlab.layers.lsmt import LsmtLayer, open_layer
@@ -52,6 +53,46 @@ def layer_of(segments: int, block_size: int, *, wrapped: bool, random_data: bool
         commit(LsmtLayer(MemoryBlob(sealed_bytes(rows, data, DISK))), writer)
     content = out.getvalue()
     return wrap_header(len(content)) + content + wrap_tail(len(content)) if wrapped else content
+
+
+class Hostile(Blob):
+    """A large blob of zeros behind its first bytes."""
+
+    def __init__(self, head: bytes, size: int) -> None:
+        self.name = "hostile"
+        self._head = head
+        self._size = size
+        self.longest = 0
+
+    @property
+    def size(self) -> int:
+        return self._size
+
+    def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+        self.longest = max(self.longest, length)
+        assert length <= ends._MOST_REST
+        return self._head[offset : offset + length].ljust(length, b"\0")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"index_offset": 512, "index_size": 0, "original_size": 0},
+        {"index_offset": 512},
+        {"block_size": 0},
+        {"block_size": (1 << 32) - 1},
+        {"index_offset": (1 << 64) - 1},
+    ],
+)
+def test_a_header_makes_opening_read_no_more_than_it_may(wrong: dict[str, int]) -> None:
+    size = 1 << 30
+    index = {"index_offset": size - 512 - 4, "index_size": 1, "original_size": 4096}
+    head = ZFileHeader(Flags.HEADER | Flags.OVERWRITTEN, **(index | wrong)).to_bytes()
+    ends.fetch_rest_of_end(Hostile(head, size))
+
+
+def test_the_first_guess_is_bounded() -> None:
+    assert ends.guessed_end(1 << 62) <= 16 << 20
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

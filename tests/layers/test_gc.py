@@ -14,6 +14,7 @@ from obdlab.errors import SourceError
 from obdlab.layers import readers
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.gc import collect
+from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.stack import Stack, WritableStack
 from tests.layers.lsmt_samples import layer
 
@@ -101,6 +102,29 @@ def test_the_index_file_keeps_its_mode_and_its_link(tmp_path: Path) -> None:
     with AppendUpper.open(tmp_path / "data", tmp_path / "index") as upper:
         assert upper.virtual_size == 2 * DISK
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "index", "index", "real"]
+
+
+def test_an_interrupt_after_the_rename_leaves_the_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing the old log, of up to 2 GB that has no name any more, takes long."""
+    close = LayerFile.close
+
+    def interrupted(file: LayerFile) -> None:
+        close(file)
+        if file is log:
+            raise KeyboardInterrupt
+
+    with AppendUpper.create(tmp_path / "data", tmp_path / "index", DISK) as upper:
+        for number in range(40):
+            upper.write_at(number % 4 * 4096, bytes([number]) * 4096)
+        assert upper._log is not None
+        log = upper._log._file
+        wanted = upper.read_at(0, DISK)
+        with monkeypatch.context() as patched:
+            patched.setattr(LayerFile, "close", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                upper.compact_log()
+    with AppendUpper.open(tmp_path / "data", tmp_path / "index") as upper:
+        assert upper.read_at(0, DISK) == wanted
 
 
 def test_sealed_or_read_only_layers_are_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import random
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -218,6 +219,7 @@ def test_a_read_that_fails_half_way_changes_nothing() -> None:
         below.left = step
         with suppress(SourceError):
             blob.read_at(at, 100)
+        below.left = -1
         assert blob.read_at(at, 3 * DISTANCE) == DATA[at : at + 3 * DISTANCE], step
         assert blob.read_at(SIZE - 100, 100) == DATA[-100:]
 
@@ -247,6 +249,35 @@ def test_a_piece_that_changes_below_is_found(stays: bool) -> None:
         below.damaged = False
     assert blob.read_at(end - 10, 10) == DATA[end - 10 : end]
     assert blob.read_at(begin, end - begin) == DATA[begin:end]
+
+
+@pytest.mark.usefixtures("small")
+def test_forgetting_does_not_wait_for_a_reader() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(Wrapper):
+        slow = False
+
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            if self.slow:
+                begun.set()
+                assert go_on.wait(60)
+            return super().read_at(offset, length, call)
+
+        def evict(self, offset: int, length: int) -> None:
+            pass
+
+    below = Slow(MemoryBlob(GZ))
+    blob = GzipTarget(below, MemoryBlob(INDEX))
+    assert blob.read_at(0, 1) == DATA[:1]
+    below.slow = True
+    with ThreadPoolExecutor(1) as threads:
+        reader = threads.submit(blob.read_at, SIZE - 10, 10)
+        assert begun.wait(60)
+        blob.evict(0, SIZE)  # would wait for ever
+        go_on.set()
+        assert reader.result(60) == DATA[-10:]
+    assert blob.read_at(5, 10) == DATA[5:15]
 
 
 def test_pieces_are_bounded_whatever_an_index_says() -> None:

@@ -18,10 +18,12 @@ import pytest
 
 from obdlab.errors import FormatError
 from obdlab.layers import gc, indexlog, layerfile, seal
+from obdlab.layers import stack as stack_module
 from obdlab.layers.append import AppendUpper
 from obdlab.layers.layerfile import LayerFile
 from obdlab.layers.lsmt import LsmtLayer
 from obdlab.layers.stack import Stack, WritableStack
+from obdlab.layers.upper import SparseUpper
 from obdlab.localfile import LocalFile
 
 DISK = 128 << 10
@@ -323,6 +325,72 @@ def test_restack(tmp_path: Path, record: Callable[[Disk], None], monkeypatch: py
         elif "switched" in promised:
             wanted[65536 : 65536 + 2560] = content[65536 : 65536 + 2560]
         assert content == wanted
+
+    losses(disk, tmp_path, check)
+
+
+def test_a_flush_during_a_restack(
+    tmp_path: Path, record: Callable[[Disk], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The seal may be undone: what was flushed after it must be in the log."""
+    model = prepared(tmp_path / "base")
+    base = tmp_path / "base"
+    disk = Disk.of(base)
+    with monkeypatch.context() as patched:
+        record(disk)
+        stack = WritableStack(None, AppendUpper.open(base / "data", base / "index"))
+        fresh = AppendUpper.create(base / "new", base / "new.index", 0)
+        flush_until_short = stack_module._flush_until_short
+
+        def flush_and_write(upper: AppendUpper) -> None:
+            flush_until_short(upper)
+            stack.write_at(98304, b"last." * 512)
+
+        def switch() -> None:
+            stack.flush()
+            disk.mark("flushed")
+            disk.mark("switched")
+
+        patched.setattr(stack_module, "_flush_until_short", flush_and_write)
+        stack.restack(fresh, switch)
+        stack.close()
+    monkeypatch.undo()
+    assert "flushed" in {event[1] for event in disk.events}
+
+    def check(folder: Path, promised: set[str]) -> None:
+        if "switched" in promised:
+            return
+        with WritableStack(None, AppendUpper.open(folder / "data", folder / "index")) as stack:
+            content = stack.read_at(0, DISK)
+        assert content[:98304] == model[:98304]
+        if "flushed" in promised:
+            assert content[98304 : 98304 + 2560] == b"last." * 512
+
+    losses(disk, tmp_path, check)
+
+
+def test_growth_of_a_sparse_layer(
+    tmp_path: Path, record: Callable[[Disk], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    with SparseUpper.create(base / "data", DISK) as upper:
+        upper.write_at(4096, b"data." * 512)
+        upper.flush()
+    disk = Disk.of(base)
+    with monkeypatch.context():
+        record(disk)
+        with SparseUpper.open(base / "data") as upper:
+            upper.set_virtual_size(2 * DISK)
+            disk.mark("grown")
+            upper.flush()
+            disk.mark("flushed")
+    monkeypatch.undo()
+
+    def check(folder: Path, promised: set[str]) -> None:
+        with SparseUpper.open(folder / "data") as upper:
+            assert upper.virtual_size == 2 * DISK or "flushed" not in promised
+            assert upper.read_at(4096, 2560) == b"data." * 512
 
     losses(disk, tmp_path, check)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -181,6 +182,19 @@ def test_an_upper_larger_than_its_lowers(tmp_path: Path) -> None:
         stack.discard(0, 2 * DISK)
         stack.evict(0, 2 * DISK)
         assert not any(stack.read_at(0, 2 * DISK))
+
+
+def test_data_beyond_the_end_of_the_layer_above_does_not_come_back(tmp_path: Path) -> None:
+    end = 30 * 512
+    lowers = Stack([layer([(0, DISK_SECTORS, False)], DISK, 3), layer([], end, 4)])
+    upper, fresh = SparseUpper.create(tmp_path / "upper", DISK), SparseUpper.create(tmp_path / "fresh", 0)
+    with fresh, WritableStack(lowers, upper) as stack:
+        assert not any(stack.read_at(end, DISK - end))
+        for larger in (stack.as_layers, partial(stack.restack, fresh)):
+            with pytest.raises(FormatError, match="lowers have data beyond their end"):
+                larger()
+        stack.write_at(0, b"x" * 512)
+        assert not any(stack.read_at(end, DISK - end))
 
 
 def test_partial_write_over_lower_data_survives_a_reopening(tmp_path: Path) -> None:

@@ -361,6 +361,26 @@ def test_a_restack_whose_switch_fails_changes_nothing(files: Files, tmp_path: Pa
         assert upper.read_at(0, 8192) == b"x" * 4096 + b"y" * 4096
 
 
+def test_a_seal_that_cannot_be_undone_is_undone_by_the_next_opening(
+    files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack = WritableStack(None, files.create(DISK))
+    stack.write_at(0, b"x" * 4096)
+    fresh = Files.named(tmp_path, files.kind, "fresh").create(DISK)
+
+    def fail(*_: object) -> None:
+        raise SourceError("sick disk")
+
+    with monkeypatch.context() as patched, fresh:
+        patched.setattr(type(stack.upper), "unseal", fail)
+        with pytest.raises(SourceError, match="sick disk"):
+            stack.restack(fresh, fail)
+        stack.close()
+    assert list(tmp_path.glob("*.restacking"))
+    with files.open() as upper:
+        assert upper.read_at(0, 4096) == b"x" * 4096
+
+
 def test_restack_wants_an_empty_layer_of_the_same_size(files: Files, tmp_path: Path) -> None:
     stack = WritableStack(None, files.create(DISK))
     small = Files.named(tmp_path, files.kind, "small").create(DISK // 2)
