@@ -110,7 +110,7 @@ class GzipTarget(SpannedTarget):
         sums = MemberSums(self.name) if self._last == 0 else None
         window = self._window(number, call)
         inflater = self._inflater(number, window, sums)
-        # Each member's end copies what is left of the piece: with empty members, of 20 bytes, that is most of the work.
+        # Each member's end copies what is left of the piece: with empty members, of 20 bytes, that is the work.
         step = _CHECKED_PIECE if self.header.version == SEVERAL_MEMBERS else _PIECE
         for data in self._stored_parts(number, _PIECE, call):
             for at in range(0, len(data), step):

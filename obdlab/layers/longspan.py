@@ -49,8 +49,8 @@ class LongSpan:
 
     At its end ``check`` is called with the last 32 KiB, the inflater and the call, and raises if they are wrong. With
     ``trusted`` False that happens before the first byte is returned. ``keep`` gets a piece's number, a function that
-    decodes it and the call; it may call the function or not, if it has kept the piece. Thread-safe. Raises FormatError
-    for a span of more than MOST_POINTS * MOST_DISTANCE.
+    decodes it and the call; it may call the function or not, if it has kept the piece. Thread-safe. Raises
+    FormatError for a span of more than MOST_POINTS * MOST_DISTANCE.
     """
 
     def __init__(

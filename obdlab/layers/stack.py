@@ -421,8 +421,8 @@ class WritableStack(WritableBlob):
             self.lowers.close()
 
 
-# In a stack of all layers, which is as large as the upper one, data of a lower that lies beyond the end of those above
-# it would come back.
+# In a stack of all layers, which is as large as the upper one, data of a lower that lies beyond the end of those
+# above it would come back.
 def _check_ends(lowers: Stack | None, size: int) -> None:
     if lowers is not None and size > lowers.size and lowers.index.end_sectors * SECTOR > lowers.size:
         raise FormatError(

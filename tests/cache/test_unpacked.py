@@ -167,8 +167,12 @@ def test_a_disk_that_cannot_be_read_goes(space: EvictingSpace, monkeypatch: pyte
     files = FlatFiles(space)
     files.store("one", SIZE, 2 * PIECE, read)
 
-    def fail(*_: int) -> bytes:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    pread = os.pread
+
+    def fail(fd: int, length: int, at: int) -> bytes:
+        if length == PIECE:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, length, at)
 
     monkeypatch.setattr("obdlab.cache.unpacked.os.pread", fail)
     assert files.take_into_use("one") is None

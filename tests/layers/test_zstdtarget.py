@@ -143,7 +143,7 @@ def test_a_long_frame_leaves_room_on_the_disk(tmp_path: Path, monkeypatch: pytes
         full = os.statvfs_result((*found[:4], found.f_blocks // 16, *found[5:10]))
         monkeypatch.setattr("obdlab.layers.zstdtarget.os.fstatvfs", lambda _: full)
         monkeypatch.setattr("obdlab.layers.zstdtarget._LEAST_FREE", 1 << 60)
-        with pytest.raises(SourceError, match="cannot keep the decoded content.*would be left on its disk"):
+        with pytest.raises(SourceError, match=r"cannot keep the decoded content.*would be left on its disk"):
             blob.read_at(50_000, 10)
         monkeypatch.undo()
         monkeypatch.setattr(spannedtarget, "MAX_SPAN", 1 << 10)

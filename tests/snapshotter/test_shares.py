@@ -47,8 +47,8 @@ def snapshotter(tmp_path: Path) -> Iterator[SnapshotterProcess]:
     process.start()
     yield process
     process.stop(signal.SIGKILL)
-    # The device host's own processes would wait for the registry until the deadline. One that is forked while they are
-    # listed is found the next time.
+    # The device host's own processes would wait for the registry until the deadline. One that is forked while they
+    # are listed is found the next time.
     while pids := list(_processes_of(process.run_dir)):
         for pid in pids:
             with suppress(ProcessLookupError):
