@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from obdlab.convert.progress import Progress
     from obdlab.layers.lsmt import Layer
 
-_COPY = 1 << 20
 _EXT4 = "ext4"
 
 
@@ -134,6 +133,5 @@ def copy_layer(
     with ExitStack() as ended, progress.task(f"{title}: copy", layer.size) as task:
         file = source.fetch(layer, directory, task.advance)
         ended.callback(source.release, file)
-        while file.read(_COPY):  # reading to the end checks its digest
-            pass
-        return destination.put_file(layer, file.path, lambda _: None)
+        path = ended.enter_context(file.own_file(directory))
+        return destination.put_file(layer, path, lambda _: None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import obdlab
 from obdlab.cli.main import main
 from obdlab.convert.compare.listing import list_volume
+from obdlab.convert.endpoints.layout import digest_of_file
 from obdlab.formats import oci
 from obdlab.layers.lsmt import open_layer
 from obdlab.localfile import LocalFile
@@ -107,6 +110,22 @@ def test_layers_go_on_a_base_of_the_originals(
             assert golden_view(list_volume(Volume(disk))) == wanted_view(2)
         with open_layer(LocalFile(files(new)[1])) as below, open_layer(LocalFile(files(new)[2])) as above:
             assert above.parent_uuid == below.uuid
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_base_in_an_archive_gives_its_layers_alone(
+    packed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, base = image(tmp_path / "source", [*TARS, MORE]), image(tmp_path / "base", TARS)
+    originals(tmp_path / "converted")
+    archive, new = tmp_path / "converted.tar", f"oci:{tmp_path}/new"
+    with tarfile.open(archive, "w") as tar:
+        tar.add(tmp_path / "converted", ".")
+    if packed:
+        archive.write_bytes(gzip.compress(archive.read_bytes(), 1))
+    convert(capsys, source, new, "--base", base, f"oci-archive:{archive}")
+    assert [digest_of_file(Path(path)) for path in files(new)] == [f"sha256:{Path(path).name}" for path in files(new)]
+    assert same(capsys, source, new)
 
 
 def test_a_base_of_fewer_or_more_layers_than_its_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

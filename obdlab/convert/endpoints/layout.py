@@ -9,9 +9,9 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Self, cast
 
 from obdlab.closing import Closing
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
@@ -21,6 +21,8 @@ from obdlab.layers.tarwrap import WrappedContent
 from obdlab.localfile import LocalFile, open_regular, read_regular
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from obdlab.blob import Blob
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -205,6 +207,7 @@ class VerifiedFile(Closing):
     def __init__(self, path: Path, descriptor: Descriptor, start: int | None = None, *, name: str = "") -> None:
         self.path = path
         self._name = name or str(path)
+        self._is_whole = start is None
         self.position = 0
         self._start = start or 0
         self._left = descriptor.size
@@ -245,6 +248,36 @@ class VerifiedFile(Closing):
     def as_blob(self) -> Blob:
         """Return the same bytes for reading by position, unchecked: only reading all of the file checks them."""
         return WrappedContent(LocalFile(self.path), TarWindow(self._start, self._descriptor.size))
+
+    @contextmanager
+    def own_file(self, directory: Path) -> Iterator[Path]:
+        """Give the block a file that is the blob and nothing else: this one, or a copy below ``directory``.
+
+        All of it is checked first, so this file cannot be read afterwards. Raises SourceError or CorruptBlobError.
+        """
+        if self._is_whole:
+            while self.read(_COPY):  # reading to the end checks its digest
+                pass
+            yield self.path
+            return
+        with self._copied(directory) as copy:
+            yield Path(copy.name)
+
+    def _copied(self, directory: Path) -> IO[bytes]:
+        # Reads from the blob's first byte, which may have been read before.
+        try:
+            copy = tempfile.NamedTemporaryFile(prefix="blob-", dir=directory)  # noqa: SIM115 - the caller closes it
+            try:
+                with VerifiedFile(self.path, self._descriptor, self._start, name=self._name) as again:
+                    while piece := again.read(_COPY):
+                        copy.write(piece)
+                copy.flush()
+            except BaseException:
+                copy.close()
+                raise
+        except OSError as error:
+            raise SourceError(f"cannot copy it: {error.strerror}", blob=self._name) from error
+        return cast("IO[bytes]", copy)
 
     def _check(self) -> None:
         digest = f"sha256:{self._hash.hexdigest()}"

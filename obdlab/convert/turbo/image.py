@@ -91,8 +91,11 @@ def convert_to_turbo(
                 if not destination.has(group.layers[0]):  # asking keeps it where there is a garbage collector
                     raise SourceError("layer is not there any more", blob=f"{source.name}@{group.layers[0].digest}")
             else:
-                with progress.task(f"layer {number}: keep", group.layers[0].size) as task:
-                    destination.put_file(group.layers[0], _whole_file(fetches[number].result(), path), task.advance)
+                with (
+                    progress.task(f"layer {number}: keep", group.layers[0].size) as task,
+                    fetches[number].result().own_file(work_dir) as whole,
+                ):
+                    destination.put_file(group.layers[0], whole, task.advance)
             with progress.task(f"layer {number}: push", built.size) as task:
                 new = destination.put_file(describe(built), path, task.advance)
             stored.append(ConvertedLayer.of(group, built, stored=new))
@@ -120,15 +123,6 @@ def _media_type(layer: oci.Descriptor, files: Mapping[str, Path]) -> str:
     if GZIP_INDEX in files:
         return oci.DOCKER_LAYER_GZIP if docker else oci.OCI_LAYER_GZIP
     return oci.DOCKER_LAYER if docker else oci.OCI_LAYER
-
-
-def _whole_file(file: VerifiedFile, beside: Path) -> Path:
-    # The file itself may be an archive that holds the layer.
-    path = beside.with_suffix(".source")
-    with file.as_blob() as blob, path.open("xb") as copy:
-        for offset in range(0, blob.size, 1 << 20):
-            copy.write(blob.read_at(offset, min(1 << 20, blob.size - offset)))
-    return path
 
 
 def _release(source: ImageSource, fetches: dict[int, Future[VerifiedFile]]) -> None:

@@ -60,6 +60,42 @@ def test_a_file_that_becomes_shorter_is_noticed(tmp_path: Path) -> None:
             file.read()
 
 
+def test_a_blob_has_a_file_of_its_own(tmp_path: Path) -> None:
+    path, directory = tmp_path / "blob", tmp_path / "copies"
+    path.write_bytes(b"before" + DATA + b"after")
+    directory.mkdir()
+    with VerifiedFile(path, descriptor(), 6) as file:
+        assert file.read(3) == DATA[:3]
+        with file.own_file(directory) as own:
+            assert own.parent == directory
+            assert own.read_bytes() == DATA
+    assert list(directory.iterdir()) == []
+    with VerifiedFile(path, descriptor(path.read_bytes())) as file, file.own_file(directory) as own:
+        assert own == path
+
+
+@pytest.mark.parametrize("start", [None, 6])
+def test_a_damaged_blob_has_no_file_of_its_own(tmp_path: Path, start: int | None) -> None:
+    (tmp_path / "blob").write_bytes(bytes(start or 0) + DATA[:-1] + b"x")
+    with (
+        VerifiedFile(tmp_path / "blob", descriptor(), start) as file,
+        pytest.raises(CorruptBlobError, match="wrong content"),
+        file.own_file(tmp_path),
+    ):
+        raise AssertionError("it was given")
+    assert [each.name for each in tmp_path.iterdir()] == ["blob"]
+
+
+def test_a_copy_that_cannot_be_written_names_the_blob(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"-" + DATA)
+    with (
+        VerifiedFile(tmp_path / "blob", descriptor(), 1, name="archive") as file,
+        pytest.raises(SourceError, match="archive: cannot copy it: No such file"),
+        file.own_file(tmp_path / "missing"),
+    ):
+        raise AssertionError("it was given")
+
+
 @pytest.mark.parametrize(
     ("text", "path", "tag"),
     [

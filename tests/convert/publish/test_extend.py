@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from obdlab.convert.endpoints.layout import ImageLayout, digest_of_file
 from obdlab.convert.endpoints.names import open_destination, open_source
 from obdlab.convert.publish.extend import TopLayer, add_layer
 from obdlab.errors import CorruptBlobError, FormatError
@@ -56,11 +58,15 @@ def top_layer(directory: Path) -> TopLayer:
     return TopLayer(path, oci.digest_of(path.read_bytes()), path.stat().st_size, "made here", {"own": "1"})
 
 
-def extend(source: Path, destination: Path, manifest: oci.Manifest, layer: TopLayer) -> oci.Manifest:
+def extend(
+    source: Path, destination: Path, manifest: oci.Manifest, layer: TopLayer, transport: str = "oci"
+) -> oci.Manifest:
     with closing(RegistryClient()) as client:
-        places = open_source(f"oci:{source}:v1", client), open_destination(f"oci:{destination}:v1", client)
-        stored = add_layer(places[0], manifest, layer, places[1], destination.parent)
-        places[1].close()
+        with (
+            closing(open_source(f"{transport}:{source}:v1", client)) as image,
+            closing(open_destination(f"oci:{destination}:v1", client)) as place,
+        ):
+            stored = add_layer(image, manifest, layer, place, destination.parent)
         with closing(open_source(f"oci:{destination}:v1", client)) as made:
             root, found = made.root()
             assert root is not None
@@ -94,6 +100,35 @@ def test_the_layer_is_on_top_of_those_that_were_there(tmp_path: Path, docker: bo
     assert (made.media_type, made.config.media_type) == (manifest.media_type, manifest.config.media_type)
     assert made.annotations == manifest.annotations
     assert made.subject is None
+
+
+def archived(root: Path) -> Path:
+    path = root.with_suffix(".tar")
+    with tarfile.open(path, "w") as tar:
+        tar.add(root, ".")
+    return path
+
+
+def test_layers_of_an_archive_are_copied_alone(tmp_path: Path) -> None:
+    manifest = write_image(tmp_path / "source")
+    source = archived(tmp_path / "source")
+    made = extend(source, tmp_path / "out", manifest, top_layer(tmp_path), "oci-archive")
+    paths = [ImageLayout(tmp_path / "out").blob_path(layer.digest) for layer in made.layers]
+    assert [digest_of_file(path) for path in paths] == [layer.digest for layer in made.layers]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source", "source.tar", "top"]
+
+
+def test_a_damaged_layer_of_an_archive_is_not_copied(tmp_path: Path) -> None:
+    manifest = write_image(tmp_path / "source")
+    layer = (tmp_path / "source/blobs/sha256" / manifest.layers[1].digest.removeprefix("sha256:")).read_bytes()
+    source = archived(tmp_path / "source")
+    data = source.read_bytes()
+    source.write_bytes(data.replace(layer, layer[:-1] + bytes([layer[-1] ^ 1])))
+    assert source.read_bytes() != data
+    with pytest.raises(CorruptBlobError):
+        extend(source, tmp_path / "out", manifest, top_layer(tmp_path), "oci-archive")
+    assert not ImageLayout(tmp_path / "out").blob_path(manifest.layers[1].digest).exists()
+    assert not list(tmp_path.glob("obdlab-extend-*"))
 
 
 def test_a_damaged_layer_is_not_copied(tmp_path: Path) -> None:
