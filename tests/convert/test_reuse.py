@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from obdlab.cli.main import main
 from obdlab.convert.database import (
     Database,
     DatabaseError,
@@ -130,6 +131,20 @@ def test_what_is_gone_is_made_again(place: Place, options: ConvertOptions, tmp_p
     assert [layer.stored for layer in again.layers] == [False, True, False]
     assert again.digest == first.digest
     assert reused(convert(source, f"{place.prefix}a", options)) == ["image was there"] * 3
+
+
+@pytest.mark.parametrize("database", [True, False])
+def test_a_stored_layer_that_was_cut_is_stored_again(
+    database: bool, options: ConvertOptions, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = image_of(tmp_path / "source", BASE, [member("top", b"1")]), f"oci:{tmp_path / 'out'}:a"
+    chosen = options if database else replace(options, database="")
+    first = convert(source, out, chosen)
+    os.truncate(ImageLayout(tmp_path / "out").blob_path(first.layers[1].built.digest), 100)
+    again = convert(source, out, chosen)
+    assert [layer.stored for layer in again.layers] == [False, True]
+    assert again.digest == first.digest
+    assert main(["image", "inspect", "--verify", out]) == 0, capsys.readouterr().err
 
 
 def test_other_options_are_other_layers(options: ConvertOptions, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
@@ -19,6 +20,7 @@ from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, 
 from obdlab.formats.tar import TarWindow
 from obdlab.layers.tarwrap import WrappedContent
 from obdlab.localfile import LocalFile, open_regular, read_regular
+from obdlab.system.locks import lock_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,20 +29,30 @@ if TYPE_CHECKING:
 
 REF_NAME = "org.opencontainers.image.ref.name"
 _MARK = "oci-layout"
+_INDEX = "index.json"
+_BLOBS = "blobs"
+# Prefix of files that are being written.
+_NEW = ".new-"
 _VERSION = {"imageLayoutVersion": "1.0.0"}
 _TAG = re.compile(r"[\w][\w.-]{0,127}", re.ASCII)
 _COPY = 1 << 20
+# A holder only writes small files.
+_LOCK_WAIT_S = 30.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 
 
 class ImageLayout:
-    """One layout directory. Nothing in it is trusted: bytes read are checked against their descriptor."""
+    """One layout directory. Nothing in it is trusted: bytes read are checked against their descriptor.
+
+    Several processes may write into one layout: its index is changed under a lock of the directory.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
     @classmethod
     def create(cls, root: Path) -> Self:
-        """Open the layout at ``root``; an empty one is made if it is missing.
+        """Open the layout at ``root``; an empty one is made if it is missing, or finished if it is half made.
 
         Raises SourceError if the directory holds something else or cannot be made.
         """
@@ -49,12 +61,21 @@ class ImageLayout:
         try:
             if (root / _MARK).exists():
                 return layout
-            (root / "blobs" / "sha256").mkdir(parents=True)
-            layout._replace(root / "index.json", Index(()).to_bytes())
-            layout._replace(root / _MARK, json.dumps(_VERSION).encode())
+            root.mkdir(parents=True, exist_ok=True)
+            with layout._locked():
+                layout.check_place()  # again: another process may have written into it meanwhile
+                if not (root / _MARK).exists():
+                    layout._make()
         except OSError as error:
             raise SourceError(f"cannot make an OCI layout: {error.strerror}", blob=str(root)) from error
         return layout
+
+    def _make(self) -> None:
+        # The mark is the last file: a directory without it is half made.
+        (self.root / _BLOBS / "sha256").mkdir(parents=True, exist_ok=True)
+        if not (self.root / _INDEX).exists():
+            self._replace(self.root / _INDEX, Index(()).to_bytes())
+        self._replace(self.root / _MARK, json.dumps(_VERSION).encode())
 
     def check_place(self) -> None:
         """Raise SourceError unless the directory is a layout, or create() could make one there. Changes nothing."""
@@ -62,7 +83,7 @@ class ImageLayout:
             if (self.root / _MARK).exists():
                 return
             above = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
-            if above == self.root and any(self.root.iterdir()):
+            if above == self.root and not _is_half_made({path.name for path in self.root.iterdir()}):
                 raise SourceError("directory is neither empty nor an OCI layout", blob=str(self.root))
             if not above.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
@@ -73,11 +94,11 @@ class ImageLayout:
 
     def index(self) -> Index:
         """Return index.json. Raises SourceError if it cannot be read, FormatError if it is malformed."""
-        path = self.root / "index.json"
+        path = self.root / _INDEX
         return Index.parse(self._index_bytes(), str(path))
 
     def _index_bytes(self) -> bytes:
-        path = self.root / "index.json"
+        path = self.root / _INDEX
         try:
             return read_regular(path, MAX_MANIFEST_SIZE)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -105,7 +126,7 @@ class ImageLayout:
 
     def blob_path(self, digest: str) -> Path:
         """Return the path of a blob. Raises FormatError if ``digest`` is malformed."""
-        return self.root / "blobs" / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
+        return self.root / _BLOBS / "sha256" / check_digest(digest, str(self.root)).removeprefix("sha256:")
 
     def blob_file(self, descriptor: Descriptor) -> Path | None:
         """Return the path of the file that is the blob; None if no file holds just this blob."""
@@ -143,10 +164,18 @@ class ImageLayout:
             raise SourceError(f"cannot look for it: {error.strerror}", blob=str(self.root)) from error
 
     def add_file(self, digest: str, source: Path) -> bool:
-        """Copy a file in as the blob ``digest``, without checking it; return False if the layout has it already."""
+        """Copy a file in as the blob ``digest``, without checking it; return False if the layout has it already.
+
+        A blob of another size than the file's is damaged, and is replaced.
+        """
         target = self.blob_path(digest)
-        if target.exists():
-            return False
+        try:
+            if target.stat().st_size == source.stat().st_size:
+                return False
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise SourceError(f"cannot look for it: {error.strerror}", blob=str(target)) from error
         self._replace(target, source)
         return True
 
@@ -155,8 +184,7 @@ class ImageLayout:
         self._replace(self.blob_path(digest), data)
 
     def set_tag(self, tag: str, descriptor: Descriptor) -> None:
-        """Make ``tag`` refer to ``descriptor`` only."""
-        kept = [e for e in self.index().manifests if e.annotations.get(REF_NAME) != tag]
+        """Make ``tag`` refer to ``descriptor`` only. Raises SourceError, temporary if it stays locked."""
         named = Descriptor(
             descriptor.media_type,
             descriptor.digest,
@@ -164,18 +192,43 @@ class ImageLayout:
             annotations={**descriptor.annotations, REF_NAME: tag},
             platform=descriptor.platform,
         )
-        document = {
-            "schemaVersion": 2,
-            "mediaType": OCI_INDEX,
-            "manifests": [entry.to_json() for entry in (*kept, named)],
-        }
-        self._replace(self.root / "index.json", to_json(document))
+        with self._locked():
+            kept = [e for e in self.index().manifests if e.annotations.get(REF_NAME) != tag]
+            document = {
+                "schemaVersion": 2,
+                "mediaType": OCI_INDEX,
+                "manifests": [entry.to_json() for entry in (*kept, named)],
+            }
+            self._replace(self.root / _INDEX, to_json(document))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        # The directory itself is locked: a file for it would be a stranger in a layout.
+        try:
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
+        try:
+            self._lock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            is_locked = lock_until(descriptor, time.monotonic() + _LOCK_WAIT_S)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:  # the file system has none: only one process at a time may write
+                return
+            raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
+        if not is_locked:
+            raise SourceError("OCI layout is locked by another process", blob=str(self.root), temporary=True)
 
     def _replace(self, target: Path, content: bytes | Path) -> None:
-        # In one step: a reader finds the whole file or none.
+        # In one step: a reader finds the whole file or none, also after a loss of power.
         descriptor, temporary = -1, ""
         try:
-            descriptor, temporary = tempfile.mkstemp(prefix=".new-", dir=target.parent)
+            descriptor, temporary = tempfile.mkstemp(prefix=_NEW, dir=target.parent)
             with os.fdopen(descriptor, "wb") as file:
                 if isinstance(content, Path):
                     with content.open("rb") as source:
@@ -183,6 +236,8 @@ class ImageLayout:
                 else:
                     file.write(content)
                 os.fchmod(file.fileno(), 0o644)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, target)
         except BaseException as error:
             if temporary:
@@ -287,6 +342,12 @@ class VerifiedFile(Closing):
     def close(self) -> None:
         """Close the file; unread bytes stay unchecked."""
         self._file.close()
+
+
+def _is_half_made(names: set[str]) -> bool:
+    # True also for what another process is making meanwhile.
+    known = {_BLOBS, _INDEX, _MARK}
+    return not names or (_BLOBS in names and all(name in known or name.startswith(_NEW) for name in names))
 
 
 def split_tag(text: str) -> tuple[Path, str | None]:
