@@ -124,6 +124,18 @@ def test_attributes_that_need_room(tmp_path: Path) -> None:
         check_with_kernel(disk, tmp_path)
 
 
+def test_every_name_of_a_file_follows_its_inode(tmp_path: Path) -> None:
+    # Names made in one layer share what the others do not: each name read from the disk has its own.
+    layers = [
+        [member("a/f", b"content" * 900), hardlink("c/g", "a/f")],
+        [hardlink("b/h", "a/f"), hardlink("b/i", "c/g", xattrs={"user.x": b"x" * 500})],
+        [hardlink("a/k", "c/g"), hardlink("b/l", "a/k"), hardlink("a/m", "b/h", xattrs={"user.y": b"y" * 900})],
+    ]
+    with FileDisk(tmp_path / "root", 1 << 26) as disk:
+        apply_all(disk, layers)
+        assert {entry.linked_to for path, entry in list_volume(Volume(disk)).items() if "/" in path} == {"a/f"}
+
+
 @pytest.mark.kernel
 def test_sizes_around_blocks_and_many_names(tmp_path: Path) -> None:
     sizes = [0, 1, 2047, 2048, 2049, 4032, 4095, 4096, 4097, 6144, 6145, 8191, 8192, 1 << 20, (1 << 20) + 1]

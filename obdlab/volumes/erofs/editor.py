@@ -262,9 +262,11 @@ class Editor:
         self._rename(parent, file, number, links=inode.links)
 
     def _rename(self, parent: Directory, file: File, number: int, links: int) -> None:
-        # Its inode has moved: every entry with its number must change. If it has several, they may be anywhere.
+        # Its inode has moved: every entry with its number must change. If it has several, they may be anywhere, and
+        # those made since the directories were read share one object: it is still recognised once it is changed.
         old, found, pending = file.number, 0, [self.root, parent]
         seen: set[int | None] = set()
+        moved: set[int] = set()
         while found < links and pending:
             directory = pending.pop()
             if directory is parent and found:
@@ -273,7 +275,8 @@ class Editor:
             for node in self.entries(directory).values():
                 if isinstance(node, Directory):
                     pending.append(node)
-                elif node is file or node.number == old:
+                elif id(node) in moved or node.number == old:
+                    moved.add(id(node))
                     node.number = number
                     directory.listed = True
                     found += 1

@@ -91,7 +91,7 @@ class Space(Blob):
             free, block = min(fitting)
         else:
             free, block = BLOCK, self.metadata_blocks(1)
-            self._changed[block] = bytearray(BLOCK)
+            self._hold(block, bytearray(BLOCK))
         left = (free - size) // SLOT * SLOT
         self._open.pop(block, None)
         if left:
@@ -107,13 +107,18 @@ class Space(Blob):
             number, at = divmod(offset, BLOCK)
             block = self._changed.get(number)
             if block is None:
-                if len(self._changed) >= _MOST_CHANGED:
-                    self.flush()
-                block = self._changed[number] = bytearray(self._disk.read_at(number * BLOCK, BLOCK))
+                block = self._hold(number, bytearray(self._disk.read_at(number * BLOCK, BLOCK)))
             count = min(len(view), BLOCK - at)
             block[at : at + count] = view[:count]
             view = view[count:]
             offset += count
+
+    def _hold(self, number: int, block: bytearray) -> bytearray:
+        # Keeps one more changed block in memory, within the bound.
+        if len(self._changed) >= _MOST_CHANGED:
+            self.flush()
+        self._changed[number] = block
+        return block
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write a file's data. Data that continue the last write are written together with it."""

@@ -24,15 +24,20 @@ def test_reads_see_what_is_not_written_yet(seed: int, held: int) -> None:
     draw = random.Random(seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(freespace, "_MOST_CHANGED", held)
-        disk = MemoryDisk(40 * BLOCK)
-        space, model = Space(disk, 2), bytearray(40 * BLOCK)
+        disk = MemoryDisk(96 * BLOCK)
+        space, model = Space(disk, 2), bytearray(96 * BLOCK)
         first = space.data_blocks(12)
+        space.data_blocks(24)  # those that are changed
         at = first * BLOCK
         for _ in range(draw.randint(1, 40)):
-            what = draw.choice(["change", "data", "read", "read", "flush", "discard"])
+            what = draw.choice(["change", "place", "data", "read", "read", "flush", "discard"])
             data = draw.randbytes(draw.choice([1, 32, 100, BLOCK, BLOCK + 1, 3 * BLOCK]))
             if what == "change":
-                offset = draw.randrange(20 * BLOCK, 36 * BLOCK)
+                offset = draw.randrange(20 * BLOCK, 34 * BLOCK)
+                space.change(offset, data)
+                model[offset : offset + len(data)] = data
+            elif what == "place" and len(data) <= BLOCK:
+                offset = space.place(len(data))
                 space.change(offset, data)
                 model[offset : offset + len(data)] = data
             elif what == "data" and at + len(data) <= (first + 12) * BLOCK:
@@ -46,7 +51,7 @@ def test_reads_see_what_is_not_written_yet(seed: int, held: int) -> None:
                 block = draw.randrange(first, first + 12)
                 space.discard(block, 1)
                 model[block * BLOCK : (block + 1) * BLOCK] = bytes(BLOCK)
-            offset, length = draw.randrange(36 * BLOCK), draw.choice([0, 1, 100, BLOCK, 4 * BLOCK])
+            offset, length = draw.randrange(92 * BLOCK), draw.choice([0, 1, 100, BLOCK, 4 * BLOCK])
             assert space.read_at(offset, length) == model[offset : offset + length]
         space.flush()
         assert disk.data == model
@@ -96,6 +101,19 @@ def test_metadata_lies_in_runs_that_grow() -> None:
             ends.append(space.end)
     runs = [end - begin for begin, end in zip([10, *ends], ends, strict=False)]
     assert runs == [8, 16, 32, 64, 128, 256, 256, 256, 256]
+
+
+def test_places_are_held_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(freespace, "_MOST_CHANGED", 4)
+    disk = MemoryDisk(4 << 20)
+    space, model = Space(disk, 0), bytearray(4 << 20)
+    for number in range(1000):
+        at, data = space.place(2000), number.to_bytes(4, "little") * 500
+        space.change(at, data)
+        model[at : at + len(data)] = data
+        assert len(space._changed) <= 4 + freespace._OPEN
+    space.flush()
+    assert disk.data == model
 
 
 def test_data_and_metadata_do_not_meet() -> None:
