@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
 import subprocess
 import sys
 import tarfile
@@ -15,12 +16,16 @@ import zstandard
 
 from obdlab.convert import apply as apply_module
 from obdlab.convert.apply import ApplyError, apply_layer
+from obdlab.convert.compare import listing as listing_module
 from obdlab.convert.compare.listing import TreeEntry, list_volume
 from obdlab.convert.decompress import decompressed
 from obdlab.convert.tar.reader import TarStream
+from obdlab.convert.tree import memorytree as memorytree_module
+from obdlab.convert.tree.erofstree import ErofsTree
 from obdlab.convert.tree.memorytree import MemoryTree
 from obdlab.convert.tree.target import Ext4Tree
 from obdlab.errors import FormatError
+from obdlab.volumes.detect import open_volume
 from obdlab.volumes.ext4.mkfs import make_filesystem
 from obdlab.volumes.ext4.volume import Volume
 from tests.convert.layouts import Member, directory, hardlink, member, symlink, tar_bytes
@@ -30,6 +35,9 @@ from tests.volumes.ext4.disk import FileDisk, fsck
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from obdlab.convert.tree.target import Tree
+    from obdlab.volumes.erofs.editor import Directory
 
 SIZE = 64 << 20
 
@@ -152,18 +160,61 @@ def test_a_name_ends_at_its_first_nul(tmp_path: Path) -> None:
         ([(0, b"x")], 1 << 60, "too large"),
         ([((1 << 50), b"x")], (1 << 50) + 1, "too large"),
         ([(0, b"x")], 1 << 44, "too large"),
-        ([(0, b"x"), (0, b"y")], 4096, "damaged|overlap|outside|data"),
+        # GNU tar takes these, and the later piece wins; containerd refuses them.
+        ([(0, b"x"), (0, b"y")], 4096, "out of order"),
+        ([(0, b"x" * 600), (599, b"y")], 4096, "out of order"),
+        ([(8192, b"x"), (0, b"y")], 16384, "out of order"),
     ],
 )
 def test_sparse_files_that_no_disk_holds(
     pieces: list[tuple[int, bytes]], size: int, what: str, tmp_path: Path
 ) -> None:
     tar = pax_sparse("1.0", "s", pieces, size) + END
-    if what != "too large":
-        applied(tmp_path / "disk", tar)  # what GNU tar takes: the later piece wins
-        return
-    with pytest.raises(FormatError, match="File too large"):
+    with pytest.raises(FormatError, match=what):
         applied(tmp_path / "disk", tar)
+
+
+def test_adjacent_and_empty_pieces_of_a_sparse_file_are_in_order(tmp_path: Path) -> None:
+    pieces = [(0, b"x" * 600), (600, b"y"), (0, b""), (4096, b"z"), (8192, b"")]
+    found = applied(tmp_path / "disk", pax_sparse("1.0", "s", pieces, 8192) + END)
+    tree = MemoryTree()
+    plain = (b"x" * 600 + b"y").ljust(4096, b"\0") + b"z" + bytes(4095)
+    apply_layer(io.BytesIO(tar_bytes([member("s", plain)])), "layer", tree)
+    assert found["s"].sha256 == tree.listing()["s"].sha256
+
+
+def test_files_that_take_too_long_to_hash_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memorytree_module, "MOST_HASHED", 4 << 20)
+    huge = pax_sparse("1.0", "s", [(0, b"x")], 1 << 60) + END
+    together = b"".join(pax_sparse("1.0", f"s{number}", [(0, b"x")], 2 << 20) for number in range(3)) + END
+    for tar in (huge, together):
+        with pytest.raises(FormatError, match="File too large"):
+            apply_layer(io.BytesIO(tar), "layer", MemoryTree())
+        apply_layer(io.BytesIO(tar), "layer", MemoryTree(content=False))
+    with FileDisk(tmp_path / "disk", SIZE) as disk:
+        make_filesystem(disk)
+        tree = Ext4Tree(disk)
+        apply_layer(io.BytesIO(together), "layer", tree)
+        tree.finish()
+        assert len(list_volume(Volume(disk))) == 4
+        monkeypatch.setattr(listing_module, "MOST_HASHED", 4 << 20)
+        with pytest.raises(FormatError, match="too large to be compared"):
+            list_volume(Volume(disk))
+        assert len(list_volume(Volume(disk), content=False)) == 4
+
+
+@pytest.mark.parametrize("kind", ["memory", "ext4", "erofs"])
+def test_an_acl_that_is_larger_than_any_attribute(kind: str, tmp_path: Path) -> None:
+    # Its cost would grow with the square of its size, which a header bounds at 1 MiB.
+    acl = struct.pack("<I", 2) + struct.pack("<HHI", 2, 7, 1000) * 9000
+    tar = tar_bytes([member("f", xattrs={"system.posix_acl_access": acl})])
+    with FileDisk(tmp_path / "disk", SIZE) as disk:
+        make_filesystem(disk)
+        trees: dict[str, Callable[[], Tree]] = {
+            "memory": MemoryTree, "ext4": lambda: Ext4Tree(disk), "erofs": lambda: ErofsTree(disk, fresh=True),
+        }  # fmt: skip
+        with pytest.raises(FormatError, match="Argument list too long"):
+            apply_layer(io.BytesIO(tar), "layer", trees[kind]())
 
 
 def test_a_sparse_file_of_many_crumbs_fills_the_image_only(tmp_path: Path) -> None:
@@ -266,6 +317,28 @@ def test_replacing_costs_no_more_the_more_there_is() -> None:
     tree = Counted()
     apply_layer(io.BytesIO(tar_bytes([*(member(f"other/{n}") for n in range(2000)), *turns])), "layer", tree)
     assert tree.looked < 20_000
+
+
+class Unlisted(dict[bytes, "Directory"]):
+    """Directories by path, which are only looked up."""
+
+    def __iter__(self) -> Iterator[bytes]:
+        raise AssertionError("all directories were looked at")
+
+    items = keys = values = __iter__  # type: ignore[assignment]
+
+
+def test_replacing_in_an_erofs_looks_at_no_other_directory(tmp_path: Path) -> None:
+    deep: list[Member] = [directory("d/"), directory("d/in/"), directory("d/in/deep/"), member("d/in/f")]
+    turns = [each for _ in range(5) for each in (*deep, member("d"))]
+    tar = tar_bytes([*(directory(f"other/{number}/") for number in range(100)), *turns, *deep[:2]])
+    with FileDisk(tmp_path / "disk", SIZE) as disk:
+        tree = ErofsTree(disk, fresh=True)
+        tree._directories = Unlisted(tree._directories)
+        apply_layer(io.BytesIO(tar), "layer", tree)
+        assert tree.look(b"/d/in/deep") is None
+        tree.finish()
+        assert len(list_volume(open_volume(disk))) == 104
 
 
 @pytest.mark.parametrize("count", [2000, 40_000])

@@ -18,6 +18,7 @@ import pytest
 
 from obdlab.cli.main import main
 from obdlab.containerd.client import Containerd
+from obdlab.convert.endpoints import archive as archive_module
 from obdlab.convert.endpoints.archive import Archive, ArchivedLayout, DockerArchiveSource
 from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.convert.endpoints.names import check_apart, open_destination, open_source
@@ -28,7 +29,7 @@ from obdlab.formats import oci
 from obdlab.registry.client import RegistryClient
 from tests.convert.converting import convert
 from tests.convert.layouts import Layout, compress, digest_of, make_layout, member, tar_bytes
-from tests.convert.torture import gnu_long, raw_header
+from tests.convert.torture import END, gnu_long, pax_header, pax_record, pax_sparse, raw_header
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -213,6 +214,48 @@ def test_archives_whose_headers_have_no_end(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match="not a tar archive"):
             DockerArchiveSource(path, None)
         assert tracemalloc.get_traced_memory()[1] < 64 << 20
+        tracemalloc.stop()
+
+
+def test_members_of_one_name_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "_MAX_MEMBERS", 10)
+    path = tmp_path / "x.tar"
+    path.write_bytes(raw_header(b"again", 0) * 10 + END)
+    with closing(Archive(path)) as read:
+        assert read.read("again", 1) == b""
+    path.write_bytes(raw_header(b"again", 0) * 11 + END)
+    with pytest.raises(FormatError, match="too many members"):
+        Archive(path)
+
+
+def test_headers_of_all_members_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive_module, "_MAX_HEADERS", 1 << 20)
+    path = tmp_path / "x.tar"
+    header = pax_header(pax_record("comment", "c" * 5000)) + raw_header(b"again", 0)
+    path.write_bytes(header * 100 + END)
+    with closing(Archive(path)) as read:
+        assert "again" in read
+    path.write_bytes(header * 200 + END)
+    with pytest.raises(FormatError, match="headers are longer than 1048576 bytes"):
+        Archive(path)
+    # A map that is stored as content counts as a header, too.
+    path.write_bytes(pax_sparse("1.0", "s", [(10**59, b"")] * 150_000, 1 << 20) + END)
+    monkeypatch.setattr(archive_module, "_MAX_HEADERS", 256 << 20)
+    with pytest.raises(FormatError, match="headers of one member are longer"):
+        Archive(path)
+
+
+def test_headers_of_members_are_not_kept(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    records = b"".join(pax_record(f"comment.{number}", "c") for number in range(1000))
+    members = b"".join(pax_header(records) + raw_header(b"%d" % number, 0) for number in range(40))
+    path.write_bytes(pax_header(records, b"g") + members + raw_header(b"last", 0) + END)
+    tracemalloc.start()
+    try:
+        with closing(Archive(path)) as read:
+            assert "last" in read
+            assert tracemalloc.get_traced_memory()[1] < 600 << 10
+    finally:
         tracemalloc.stop()
 
 

@@ -12,7 +12,7 @@ import stat
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol
 
-from obdlab.errors import ObdlabError
+from obdlab.errors import FormatError, ObdlabError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # Attributes that file systems use for themselves: overlayfs' own marks never belong to an image.
 _HIDDEN_XATTRS = ("trusted.overlay.",)
 _LOST_AND_FOUND = "lost+found"
+#: Most bytes of all files of a tree that are hashed, holes included: a sparse file of some bytes may claim 2^60.
+MOST_HASHED = 4 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,9 @@ class TreeEntry:
 
 class ReadableVolume(Protocol):
     """A file system read without a mount: a volume of ext4 or EROFS. The type of inodes is its own."""
+
+    #: In error messages.
+    name: str
 
     def walk(self) -> Iterator[tuple[bytes, int, Any]]:
         """Yield (path, inode number, inode) of everything."""
@@ -98,8 +103,13 @@ def _content_sums(volume: ReadableVolume, inodes: Iterable[tuple[int, Any]]) -> 
     # By inode number. In that order, which is about the order of the disk and of the layers' tars: a reader of a
     # compressed tar then decompresses each part once.
     sums = {}
+    left = MOST_HASHED
     for number, inode in sorted(dict(inodes).items()):
         if stat.S_ISREG(inode.mode):
+            left -= inode.size
+            if left < 0:
+                wanted = f"at most {MOST_HASHED} bytes of files"
+                raise FormatError("files are too large to be compared", blob=volume.name, wanted=wanted)
             digest = hashlib.sha256()
             for piece in volume.content(inode):
                 digest.update(piece)

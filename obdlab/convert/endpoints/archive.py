@@ -21,6 +21,7 @@ from obdlab.convert.decompress import decompressed, is_compressed
 from obdlab.convert.endpoints.endpoint import ImageSource
 from obdlab.convert.endpoints.layout import ImageLayout, VerifiedFile
 from obdlab.convert.endpoints.layoutimages import LayoutDestination
+from obdlab.convert.tar.forward import MAX_HEADERS_SIZE
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError, SourceError
 from obdlab.formats import oci
 from obdlab.localfile import open_regular
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
     from obdlab.blob import Blob
 
 _MAX_MEMBERS = 200_000
+# Of all members together. Headers are parsed into many times their size.
+_MAX_HEADERS = 256 << 20
 _MAX_LINKS = 8
 # As in layers: the limit that other readers of container archives have for one pax or long name header.
 _MAX_HEADER = 1 << 20
 _COPY = 1 << 20
 _MANIFEST = "manifest.json"
+
+# Offset and size of a plain file's bytes, or the name of the member that a link leads to; None for any other member.
+_Member = tuple[int, int] | str | None
 
 
 class Archive:
@@ -67,15 +73,21 @@ class Archive:
             self.close()
             raise
 
-    def _list(self) -> dict[str, tarfile.TarInfo]:
-        found: dict[str, tarfile.TarInfo] = {}
+    def _list(self) -> dict[str, _Member]:
+        # tarfile keeps every member with its headers, and copies global headers into each: here neither is kept.
+        found: dict[str, _Member] = {}
+        headers = _Headers(self._file)
         try:
-            headers = cast("IO[bytes]", _Headers(self._file))
-            with tarfile.open(fileobj=headers, mode="r:", errors="surrogateescape") as tar:
-                for member in tar:
-                    found[_normal(member.name)] = member
-                    if len(found) > _MAX_MEMBERS:
+            file = cast("IO[bytes]", headers)
+            with tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
+                for count, member in enumerate(tar, 1):
+                    if count > _MAX_MEMBERS:  # names that come again are members, too
                         raise FormatError("archive has too many members", blob=self.name, wanted=_MAX_MEMBERS)
+                    name = _normal(member.name)
+                    found[name] = _member(name, member)
+                    headers.begin_member()
+                    tar.members = []  # type: ignore[attr-defined]
+                    tar.pax_headers = {}
         except (tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
             raise FormatError(f"not a tar archive ({error})", blob=self.name) from error
         return found
@@ -87,17 +99,14 @@ class Archive:
         """Return offset and size of a file's bytes, links followed. Raises FormatError if the file is missing."""
         at = _normal(name)
         for _ in range(_MAX_LINKS):
-            member = self._members.get(at)
-            if member is None:
+            if at not in self._members:
                 raise FormatError("archive has no such file", blob=self.name, wanted=repr(at))
-            if member.issym():
-                at = _normal(posixpath.join(posixpath.dirname(at), member.linkname))
-            elif member.islnk():
-                at = _normal(member.linkname)
-            elif member.isreg() and not member.issparse():
-                return member.offset_data, member.size
-            else:
+            member = self._members[at]
+            if isinstance(member, tuple):
+                return member
+            if member is None:
                 break
+            at = member
         raise FormatError("archive's member is no plain file", blob=self.name, got=repr(name))
 
     def read(self, name: str, max_size: int) -> bytes:
@@ -115,17 +124,37 @@ class Archive:
         self._file.close()
 
 
+def _member(name: str, info: tarfile.TarInfo) -> _Member:
+    if info.issym():
+        return _normal(posixpath.join(posixpath.dirname(name), info.linkname))
+    if info.islnk():
+        return _normal(info.linkname)
+    return (info.offset_data, info.size) if info.isreg() and not info.issparse() else None
+
+
 class _Headers:
     """The part of a file that tarfile needs to list members: reading headers, whose sizes come from the archive."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._left = _MAX_HEADERS
         self.tell, self.seek = file.tell, file.seek
+        self.begin_member()
+
+    def begin_member(self) -> None:
+        """Begin to count the bytes of one member's headers."""
+        self._left_of_member = MAX_HEADERS_SIZE
 
     def read(self, size: int) -> bytes:
-        """Return ``size`` bytes, fewer only at the end. Raises tarfile.StreamError for a header that is too large."""
+        """Return ``size`` bytes, fewer only at the end. Raises tarfile.StreamError for headers that are too large."""
         if not 0 <= size <= _MAX_HEADER:
             raise tarfile.StreamError(f"extended header of {size} bytes, at most {_MAX_HEADER} are allowed")
+        self._left -= size
+        self._left_of_member -= size
+        if self._left_of_member < 0:
+            raise tarfile.StreamError(f"headers of one member are longer than {MAX_HEADERS_SIZE} bytes")
+        if self._left < 0:
+            raise tarfile.StreamError(f"headers are longer than {_MAX_HEADERS} bytes")
         return self._file.read(size)
 
 

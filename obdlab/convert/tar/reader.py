@@ -181,10 +181,14 @@ class TarStream:
         # Returns the places of the file's stored bytes. tarfile does not check the map of a sparse file.
         if not member.sparse:
             return [(0, member.size)]
-        extents = cast("list[tuple[int, int]]", info.sparse)
+        # Entries without bytes mean nothing: unused ones of GNU tar's old format are (0, 0), behind all others.
+        extents = [extent for extent in cast("list[tuple[int, int]]", info.sparse) if extent[1]]
+        end = 0
         for offset, length in extents:
-            if offset < 0 or length < 0 or offset + length > member.size:
-                raise self._error("sparse file has data outside", got=(offset, length), wanted=member.size)
+            if length < 0 or not end <= offset <= member.size - length:
+                what = "sparse file has data outside, or out of order"
+                raise self._error(what, got=(offset, length), wanted=f"inside [{end}, {member.size})")
+            end = offset + length
         return extents
 
     def _member(self, info: tarfile.TarInfo) -> Member:

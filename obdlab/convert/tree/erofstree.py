@@ -57,13 +57,13 @@ class ErofsTree:
     def remove(self, path: bytes) -> None:
         parent, name = self._place(path)
         self._editor.remove(parent, name)
-        if path in self._directories:
-            below = path + b"/"
-            self._directories = {
-                known: directory
-                for known, directory in self._directories.items()
-                if known != path and not known.startswith(below)
-            }
+        # The cost depends on what is removed alone. No directory is known without the one above it.
+        pending = [path]
+        while pending:
+            known = pending.pop()
+            directory = self._directories.pop(known, None)
+            entries = {} if directory is None else directory.entries or {}
+            pending += [known + b"/" + inner for inner, node in entries.items() if isinstance(node, Directory)]
 
     def make_directory(self, path: bytes, attributes: Attributes) -> None:
         parent, name = self._place(path)

@@ -13,7 +13,7 @@ import stat
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from obdlab.convert.compare.listing import TreeEntry
+from obdlab.convert.compare.listing import MOST_HASHED, TreeEntry
 from obdlab.convert.tree.target import Attributes, Seen
 from obdlab.volumes.ext4 import xattr
 
@@ -43,10 +43,14 @@ class _Node:
 
 
 class MemoryTree:
-    """A :class:`obdlab.convert.tree.target.Tree` in memory. ``content=False`` does not hash files."""
+    """A :class:`obdlab.convert.tree.target.Tree` in memory. ``content=False`` does not hash files.
+
+    Files that are too large to be hashed are refused with OSError (EFBIG).
+    """
 
     def __init__(self, *, content: bool = True) -> None:
         self._content = content
+        self._left = MOST_HASHED
         self._root = _Node(stat.S_IFDIR, Attributes(0o755, 0, 0, 0, 0), children={})
 
     def listing(self) -> dict[str, TreeEntry]:
@@ -91,16 +95,12 @@ class MemoryTree:
     def make_file(
         self, path: bytes, attributes: Attributes, size: int, pieces: Iterable[tuple[int, Buffer]], *, sparse: bool
     ) -> None:
-        digest = hashlib.sha256()
-        end = 0
-        for offset, piece in pieces:
-            if self._content:
-                _feed_zeros(digest, offset - end)
-                digest.update(piece)
-            end = offset + len(piece)
+        sha256 = ""
         if self._content:
-            _feed_zeros(digest, size - end)
-        sha256 = digest.hexdigest() if self._content else ""
+            sha256 = self._sha256(size, pieces)
+        else:
+            for _ in pieces:  # reading finds a tar that ends early
+                pass
         self._add(path, _Node(stat.S_IFREG, attributes, size=size, sha256=sha256))
 
     def make_link(self, path: bytes, attributes: Attributes, target: bytes) -> None:
@@ -122,6 +122,19 @@ class MemoryTree:
     def set_times(self, path: bytes, atime_ns: int, mtime_ns: int) -> None:
         node = self._node(path)
         node.attributes = replace(node.attributes, atime_ns=atime_ns, mtime_ns=mtime_ns)
+
+    def _sha256(self, size: int, pieces: Iterable[tuple[int, Buffer]]) -> str:
+        self._left -= size
+        if self._left < 0:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        digest = hashlib.sha256()
+        end = 0
+        for offset, piece in pieces:
+            _feed_zeros(digest, offset - end)
+            digest.update(piece)
+            end = offset + len(piece)
+        _feed_zeros(digest, size - end)
+        return digest.hexdigest()
 
     def _add(self, path: bytes, node: _Node) -> None:
         attributes = node.attributes

@@ -36,6 +36,8 @@ _RECENT = 1024
 # Bounds on memory for a hostile file system: blocks of one directory, and of a file's extent tree.
 _MAX_DIRECTORY = 256 << 20
 _MAX_EXTENT_NODES = 1 << 16
+# Bound on the work for a block map: block numbers of one file, those of blocks that are read twice counted twice.
+_MAX_MAP_NUMBERS = 1 << 26
 
 
 class Volume(FileTree[Inode]):
@@ -199,13 +201,16 @@ class Volume(FileTree[Inode]):
         numbers = struct.unpack("<15I", inode.block)
         found: list[Extent] = []
         logical = 0
+        nodes = iter(range(_MAX_MAP_NUMBERS // (size // 4)))
         for place, number in enumerate(numbers):
             if logical >= wanted:
                 break
-            logical = self._descend(number, max(0, place - 11), logical, wanted, found)
+            logical = self._descend(number, max(0, place - 11), logical, wanted, found, nodes)
         return found
 
-    def _descend(self, number: int, depth: int, logical: int, wanted: int, found: list[Extent]) -> int:
+    def _descend(
+        self, number: int, depth: int, logical: int, wanted: int, found: list[Extent], nodes: Iterator[int]
+    ) -> int:
         span: int = (self.block_size // 4) ** depth
         if number == 0:
             return logical + span
@@ -219,12 +224,14 @@ class Volume(FileTree[Inode]):
             else:
                 found.append(Extent(logical, 1, number))
             return logical + 1
+        if next(nodes, None) is None:
+            raise FormatError("block map with too many nodes", blob=self.name, wanted=f"{_MAX_MAP_NUMBERS} numbers")
         raw = self._metadata(number)
         for at in range(0, len(raw), 4):
             if logical >= wanted:
                 break
             child = int.from_bytes(raw[at : at + 4], "little")
-            logical = self._descend(child, depth - 1, logical, wanted, found)
+            logical = self._descend(child, depth - 1, logical, wanted, found, nodes)
         return logical
 
     def _directory_blocks(self, number: int) -> Iterator[bytes | bytearray]:

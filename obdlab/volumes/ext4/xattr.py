@@ -33,6 +33,8 @@ _PREFIXES = {
 _ACLS = (2, 3)
 _ACL_USER_OBJ, _ACL_USER, _ACL_GROUP_OBJ, _ACL_GROUP, _ACL_MASK, _ACL_OTHER = 1, 2, 4, 8, 16, 32
 _MASK32 = 0xFFFFFFFF
+# The kernel's limit (XATTR_SIZE_MAX).
+_MOST_VALUE = 1 << 16
 
 
 def split_name(name: bytes) -> tuple[int, bytes] | None:
@@ -51,7 +53,6 @@ def place(pairs: Sequence[Pair], *, inline_space: int, block_size: int) -> tuple
 
     ``pairs`` have names accepted by :func:`split_name`, and values in disk form, in the order of placement. Raises
     OSError (E2BIG) if they do not fit.
-    Raises OSError (E2BIG) if they do not fit.
     """
     if not pairs:
         return b"", b""
@@ -144,9 +145,12 @@ def _parse(raw: bytes, first: int, base: int, blob: str) -> list[Pair]:
 def acl_to_disk(value: Buffer, mode: int, *, default: bool) -> bytes | None:
     """Turn an ACL from programs' form into ext4's, with the basic entries of ``mode`` unless ``default``.
 
-    Returns None if it grants no more than the mode does. Raises OSError (EINVAL) if it is malformed.
+    Returns None if it grants no more than the mode does. Raises OSError (EINVAL) if it is malformed, and (E2BIG) if
+    it is larger than any attribute can be.
     """
     raw = bytes(value)
+    if len(raw) > _MOST_VALUE:
+        raise OSError(errno.E2BIG, os.strerror(errno.E2BIG))
     if len(raw) < 4 or (len(raw) - 4) % 8 or struct.unpack_from("<I", raw)[0] != 2:
         raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
     entries = sorted(struct.iter_unpack("<HHI", raw[4:]), key=lambda entry: (entry[0], entry[2]))

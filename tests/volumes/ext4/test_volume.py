@@ -11,6 +11,7 @@ import pytest
 from obdlab.blob import MemoryBlob
 from obdlab.convert.compare.listing import differences, list_tree, list_volume
 from obdlab.errors import FormatError
+from obdlab.volumes.ext4 import volume as volume_module
 from obdlab.volumes.ext4.editor import Editor
 from obdlab.volumes.ext4.volume import Volume
 from tests.volumes.ext4.disk import FileDisk
@@ -83,6 +84,26 @@ def test_impossible_directories() -> None:
         with pytest.raises(FormatError, match="no such inode"):
             volume.inode(number)
     volume.inode(volume.superblock.inodes)
+
+
+def test_a_block_map_that_is_its_own_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root" / "file").write_bytes(b"x" * 5000)
+    command = ["mkfs.ext2", "-q", "-F", "-b", "1024", "-d", str(tmp_path / "root"), str(tmp_path / "disk"), "8M"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    with FileDisk(tmp_path / "disk") as disk:
+        volume = Volume(disk)
+        number = volume.lookup(b"file") or 0
+        assert volume.has_block_map(volume.inode(number))
+        block, offset = volume._place(number)
+        free = next(volume.free_blocks())[0]
+        disk.write_at(free * 1024, free.to_bytes(4, "little") * 256)
+        disk.write_at(block * 1024 + offset + 4, (1 << 31).to_bytes(4, "little"))  # its size
+        disk.write_at(block * 1024 + offset + 40 + 14 * 4, free.to_bytes(4, "little"))  # its triple indirect block
+        monkeypatch.setattr(volume_module, "_MAX_MAP_NUMBERS", 1 << 14)
+        volume = Volume(disk)
+        with pytest.raises(FormatError, match="block map with too many nodes"):
+            volume.extents(volume.inode(number))
 
 
 def fill(root: Path, *, big: bool) -> None:

@@ -199,6 +199,15 @@ def test_malformed_acls(bad: bytes) -> None:
     assert caught.value.errno == errno.EINVAL
 
 
+def test_an_acl_is_no_larger_than_an_attribute_can_be() -> None:
+    entries = [USER, GROUP, MASK, OTHER, *((2, 7, number) for number in range(8187))]
+    stored = xattr.acl_to_disk(acl(*entries), 0o644, default=False)
+    assert stored is not None
+    with pytest.raises(OSError, match="Argument list too long") as caught:
+        xattr.acl_to_disk(acl(*entries, NAMED), 0o644, default=False)
+    assert caught.value.errno == errno.E2BIG
+
+
 @pytest.mark.parametrize(
     "bad", [b"", b"\1\0\0", struct.pack("<I", 2), struct.pack("<IHH", 1, 2, 7), struct.pack("<IHHH", 1, 8, 7, 1)]
 )
