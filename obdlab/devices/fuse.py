@@ -285,11 +285,15 @@ class FuseServer:
 
     def _write(self, member: Member, unique: int, offset: int, size: int) -> None:
         start = abi.FUSE_WRITE_DATA
+        # If the write waits, the next leader must not receive requests into its data.
+        member.needs_buffer = True
         try:
             self._file.write(offset, memoryview(member.buffer)[start : start + size], member.call)
         except Exception as error:
             self._fail(member, unique, f"write of {size} bytes at offset {offset}", error)
             return
+        finally:
+            member.needs_buffer = False
         member.writes += 1
         member.written_bytes += size
         self._reply(unique, abi.FUSE_WRITE_OUT.pack(size, 0))

@@ -25,6 +25,11 @@ def request(opcode: int, body: bytes = b"", *, unique: int = 1, node: int = abi.
     return header.pack(header.size + len(body), opcode, unique, node, 0, 0, 0, 0, 0) + body
 
 
+def write_body(offset: int, data: bytes) -> bytes:
+    """Return the body of a WRITE."""
+    return abi.FUSE_TRANSFER_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data
+
+
 class Connection:
     """A connection whose ``server`` descriptor a FuseServer joins; its :meth:`wait` closes that descriptor."""
 
@@ -47,12 +52,23 @@ class Connection:
 
     def do(self, opcode: int, body: bytes = b"") -> tuple[int, bytes]:
         """Have one request answered; return the answer's errno and its bytes."""
+        wanted = self.ask(opcode, body)
+        unique, code, answer = self.answer()
+        assert unique == wanted
+        return code, answer
+
+    def ask(self, opcode: int, body: bytes = b"") -> int:
+        """Send one request; return its number, by which :meth:`answer` names it."""
         self._unique += 1
         self._kernel.send(request(opcode, body, unique=self._unique))
+        return self._unique
+
+    def answer(self) -> tuple[int, int, bytes]:
+        """Return the next answer: its request's number, its errno and its bytes."""
         answer = self._kernel.recv(1 << 21)
         length, code, unique = abi.FUSE_OUT_HEADER.unpack_from(answer)
-        assert (length, unique) == (len(answer), self._unique)
-        return -code, answer[abi.FUSE_OUT_HEADER.size :]
+        assert length == len(answer)
+        return unique, -code, answer[abi.FUSE_OUT_HEADER.size :]
 
     def send(self, opcode: int, body: bytes = b"") -> None:
         """Send a request that gets no answer."""
@@ -68,7 +84,7 @@ class Connection:
 
     def write(self, offset: int, data: bytes) -> tuple[int, bytes]:
         """Have a WRITE answered."""
-        return self.do(FuseOpcode.WRITE, abi.FUSE_TRANSFER_IN.pack(0, offset, len(data), 0, 0, 0, 0) + data)
+        return self.do(FuseOpcode.WRITE, write_body(offset, data))
 
 
 @contextmanager

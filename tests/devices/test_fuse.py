@@ -5,20 +5,24 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
-from obdlab.blob import MemoryBlob
+from obdlab.blob import Buffer, MemoryBlob
+from obdlab.call import UNBOUND, Call
 from obdlab.devices import fuse
 from obdlab.devices.fuse import FuseServer
 from obdlab.devices.load import LOOK_EVERY, Load
 from obdlab.devices.spinning import Spinning
+from obdlab.errors import SourceError
 from obdlab.system import abi
 from obdlab.system.abi import FuseOpcode
+from obdlab.system.pauses import wait_until
 from tests.devices.blobs import MemoryWritable, Short, Troubled
-from tests.devices.simulated import Connection, joined
+from tests.devices.simulated import Connection, joined, write_body
 
 DATA = bytes(range(256)) * 32
 MS = 1_000_000
@@ -67,6 +71,45 @@ def test_a_write_that_fails_is_answered_and_others_are_served() -> None:
         counters = server.statistics()
         assert (counters.writes, counters.reads, counters.errors) == (0, 1, 1)
         assert counters.last_error.startswith("write of 512 bytes at offset 0: ")
+
+
+class FirstWaits(MemoryWritable):
+    """Its first write waits, as for a registry, until the second one is stored."""
+
+    def __init__(self, size: int, error: Exception | None = None) -> None:
+        super().__init__(size)
+        self._error = error
+        self._writes = 0
+        self._second = threading.Event()
+
+    def write_at(self, offset: int, data: Buffer, call: Call | None = None) -> None:
+        self._writes += 1
+        if self._writes == 1:
+            (call or UNBOUND).about_to_wait()
+            assert self._second.wait(30), "the second write never came"
+            if self._error is not None:
+                raise self._error
+        super().write_at(offset, data, call)
+        if self._writes > 1:
+            self._second.set()
+
+
+@pytest.mark.parametrize("error", [None, SourceError("registry answered 500", blob="sha256:12")])
+def test_a_write_that_waits_keeps_its_data(error: Exception | None) -> None:
+    blob = FirstWaits(8192, error)
+    with joined(blob) as (connection, server):
+        first = connection.ask(FuseOpcode.WRITE, write_body(512, b"a" * 512))
+        second = connection.ask(FuseOpcode.WRITE, write_body(4096, b"b" * 1024))
+        answers = {unique: code for unique, code, _ in (connection.answer() for _ in range(2))}
+        assert answers == {first: errno.EIO if error else 0, second: 0}
+        stored = bytes(512) if error else b"a" * 512
+        assert bytes(blob.data) == bytes(512) + stored + bytes(3072) + b"b" * 1024 + bytes(3072)
+        assert connection.write(0, b"c" * 512)[0] == 0
+        assert bytes(blob.data[:512]) == b"c" * 512
+        # Once it is done, its buffer goes with the lead again.
+        assert wait_until(
+            lambda: not any(member.needs_buffer for member in list(server._crew._members)), 30, look_s=0.01
+        )
 
 
 def test_a_connection_is_joined_only_where_the_kernel_can_send_again() -> None:
