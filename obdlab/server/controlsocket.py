@@ -59,6 +59,7 @@ __all__ = ["CONTROL_NAME", "Control", "leave_counters", "serve", "server_name"]
 _MAX_REQUESTS = 16
 _FINISH_PAUSE_S = 0.005
 _TROUBLE_PAUSE_S = 0.2
+_HELPER_SILENCE_S = 1.0
 
 
 def serve(device: Device, blob: Blob, directory: Path, *, helper: int = 0) -> Control:
@@ -187,15 +188,21 @@ class Control:
             total = _added(total, asdict(theirs))
         return ServerStatistics(**total)
 
-    def _ask_helpers(self, request: Callable[[int], ControlRequest], kind: type[T]) -> list[T]:
+    def _ask_helpers(
+        self, request: Callable[[int], ControlRequest], kind: type[T], silence_s: float = _HELPER_SILENCE_S
+    ) -> list[T]:
         answers = []
         for number, path in enumerate(self._directory.glob("helper-*.sock") if self._with_helpers else ()):
             try:
-                answers.append(ask(self._directory, request(number), kind, socket_name=path.name, silence_s=1.0))
-            except wire.NoAnswerError:  # it has ended
-                path.unlink(missing_ok=True)
+                answers.append(
+                    ask(self._directory, request(number), kind, socket_name=path.name, silence_s=silence_s)
+                )
             except ObdlabError as error:
-                log.warning("%s: %s: %s", self._directory.name, path.name, error)
+                # Nothing listens there: the helper has ended. A busy helper keeps its socket, for the next request.
+                if isinstance(error.__cause__, ConnectionRefusedError | FileNotFoundError):
+                    path.unlink(missing_ok=True)
+                else:
+                    log.warning("%s: %s: %s", self._directory.name, path.name, error)
         return answers
 
 

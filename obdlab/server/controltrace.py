@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     class Ask(Protocol):
         """Asks all helpers."""
 
-        def __call__(self, request: Callable[[int], ControlRequest], kind: type[T], /) -> list[T]:
-            """Return the answers, of that kind."""
+        def __call__(self, request: Callable[[int], ControlRequest], kind: type[T], silence_s: float, /) -> list[T]:
+            """Return the answers, of that kind, of those that are not silent for ``silence_s``."""
 
 
 T = TypeVar("T")
@@ -40,12 +40,15 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _MARK = "recording"
+#: A trace without a helper's reads is incomplete, so a busy helper is waited for.
+_HELPER_SILENCE_S = 30.0
 
 
 class Tracing:
     """Records one device's reads of its layers.
 
-    ``ask_helpers(request of each, kind)`` asks all its helpers, and returns the answers of those that do not fail.
+    ``ask_helpers(request of each, kind, silence_s)`` asks all its helpers, and returns the answers of those that do
+    not fail.
     """
 
     def __init__(self, blob: Blob, directory: Path, ask_helpers: Ask, *, helper: bool) -> None:
@@ -76,8 +79,10 @@ class Tracing:
             self._watch()
             if not self._helper:
                 with self._or_unwatch():
+                    for path in self._directory.glob("noted-*"):  # a helper's answer that came too late
+                        path.unlink(missing_ok=True)
                     self._mark.touch()
-                    self._ask_helpers(lambda _: TraceStart(), Done)
+                    self._ask_helpers(lambda _: TraceStart(), Done, _HELPER_SILENCE_S)
         return Done()
 
     def _stop(self, request: TraceStop, _: Tell) -> Recorded:
@@ -119,7 +124,9 @@ class Tracing:
 
     def _noted_by_helpers(self) -> tuple[list[bytes], int]:
         # Through files: too much for a message.
-        answers = self._ask_helpers(lambda number: TraceStop(str(self._directory / f"noted-{number}")), Recorded)
+        answers = self._ask_helpers(
+            lambda number: TraceStop(str(self._directory / f"noted-{number}")), Recorded, _HELPER_SILENCE_S
+        )
         noted = []
         for path in self._directory.glob("noted-*"):
             with suppress(OSError):

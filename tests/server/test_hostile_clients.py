@@ -12,10 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.devices.device import DeviceStatistics
 from obdlab.errors import DeviceError
 from obdlab.server import controlclient, controlsocket, wire
 from obdlab.server.cleanup import clean_up
@@ -228,6 +231,23 @@ def test_a_server_short_of_descriptors_answers_again(tmp_path: Path) -> None:
     assert listener.failed.wait(30)
     with pytest.raises(DeviceError, match=r"request that this process does not answer \(got Graduate\)"):
         controlclient.ask(tmp_path, Graduate(""), Done, silence_s=30.0)
+
+
+def test_a_silent_helper_keeps_its_socket(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Without the socket the helper would be missing in traces, and be killed as one that hangs."""
+    counters = DeviceStatistics(1, 512, 0, 0, 0, 0.5, 1, "")
+    device: Any = SimpleNamespace(statistics=lambda: counters)
+    served = controlsocket.Control(device, MemoryBlob(bytes(4096)), tmp_path, with_helpers=False)
+    served._with_helpers = True
+    silent, ended = tmp_path / "helper-1.sock", tmp_path / "helper-2.sock"
+    wire.listen(ended).close()
+    with wire.listen(silent):
+        assert served._statistics(GetStatistics(), print).reads == 1
+    assert silent.exists()
+    assert not ended.exists()
+    assert "helper-1.sock: " in caplog.text
+    assert "no answer within 1 s" in caplog.text
+    assert "helper-2.sock: " not in caplog.text
 
 
 def test_a_record_of_a_later_version_is_read(tmp_path: Path) -> None:

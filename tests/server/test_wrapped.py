@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def nothing(_: Step) -> None:
     pass
 
 
-def no_helpers(_: object, __: object) -> list[Any]:
+def no_helpers(*_: object) -> list[Any]:
     return []
 
 
@@ -59,6 +60,22 @@ def test_reads_are_recorded(tmp_path: Path) -> None:
         image.read_at(1024, 4096)
         tracing.actions[TraceStop](TraceStop(str(tmp_path / "trace")), nothing)
     assert len(Trace.from_bytes((tmp_path / "trace").read_bytes())) > 0
+
+
+def test_a_helpers_late_answer_is_not_in_the_next_trace(tmp_path: Path) -> None:
+    asked: list[object] = []
+
+    def helpers(request: Callable[[int], object], _: object, silence_s: float) -> list[Any]:
+        asked.append((type(request(0)), silence_s, [path.name for path in tmp_path.glob("noted-*")]))
+        return []
+
+    (tmp_path / "noted-3").write_bytes(b"of the trace before")
+    with obdlab.open_image(ImageConfig(lowers=LOWERS)) as image:
+        tracing = Tracing(image, tmp_path, helpers, helper=False)
+        tracing.actions[TraceStart](TraceStart(), nothing)
+        tracing.actions[TraceStop](TraceStop(str(tmp_path / "trace")), nothing)
+    # A busy helper's reads belong to the trace: the wait for it is long.
+    assert asked == [(TraceStart, 30.0, []), (TraceStop, 30.0, [])]
 
 
 def test_it_graduates_if_it_was_opened_to_do_so() -> None:

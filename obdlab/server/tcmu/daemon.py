@@ -44,6 +44,7 @@ _HEALTHY_S = 5.0
 #: An opening has its own deadline; a server that exceeds it is killed.
 _OPEN_GRACE_S = 10.0
 _END_S = 30.0
+_DAEMON_ENDS = "the daemon ends"
 
 
 @dataclass(slots=True, eq=False)
@@ -71,6 +72,7 @@ class TcmuDaemon:
         self._watched: dict[int, int] = {}
         self._waiting: dict[int, tuple[float, int]] = {}
         self._poll = select.poll()
+        self._ending = False
         # While the kernel's netlink is blocked, no device can be added that would be seen twice or missed.
         blocked = netlink.block()
         try:
@@ -94,20 +96,29 @@ class TcmuDaemon:
             ready = {fd for fd, _ in self._poll.poll(self._pause_ms())}
             if signals.fileno() in ready and signals.come() & {signal.SIGINT, signal.SIGTERM}:
                 break
-            if self._netlink.fileno() in ready:
-                for event in self._netlink.events():
-                    self._on_event(event)
-            for server in list(self._servers.values()):
-                if server.reader in ready:
-                    self._on_report(server)
-                if server.pidfd in ready:
-                    self._on_death(server)
-            for pidfd in ready & self._watched.keys():
-                self._on_stranger_gone(pidfd)
+            self._handle(ready)
             self._look_at_clock()
+        self._poll.unregister(signals)
         self._end()
 
+    def _handle(self, ready: set[int]) -> None:
+        # Before any descriptor is closed: the next one that is opened gets its number, which is among the ready ones.
+        servers, strangers = list(self._servers.values()), ready & self._watched.keys()
+        if self._netlink.fileno() in ready:
+            self._take_events()
+        for server in servers:
+            if server.reader in ready:
+                self._on_report(server)
+            if server.pidfd in ready:
+                self._on_death(server)
+        for pidfd in strangers:
+            self._on_stranger_gone(pidfd)
+
     # --- events ---
+
+    def _take_events(self) -> None:
+        for event in self._netlink.events():
+            self._on_event(event)
 
     def _on_event(self, event: Event) -> None:
         log.info("%s %s (uio%d)", event.what.name.lower(), event.name, event.number)
@@ -117,16 +128,20 @@ class TcmuDaemon:
         elif event.what == What.RECONFIGURED:
             self._netlink.reply(event, -errno.EOPNOTSUPP)
         elif name is not None and name.handler == HANDLER:
-            self._start(event.number, name, event)
+            if self._ending:
+                self._refuse(event, name, _DAEMON_ENDS)
+            else:
+                self._start(event.number, name, event)
         elif name is None or name.handler != "obdlab":  # obdlab serves its own devices and waits for no reply
             log.error("%s: no handler for it", event.name)
             self._netlink.reply(event, -errno.ENOENT)
 
     # Replies once the server has closed the image, so that the process that removed the device may use the image
     # again at once. (Touches nothing in configfs meanwhile: the kernel holds its directory until the reply.)
+    # A daemon that ends replies at once: its servers are ending, for which they use that directory.
     def _remove(self, event: Event) -> None:
         for server in self._servers.values():
-            if server.number == event.number and server.ready_at is not None:
+            if server.number == event.number and server.ready_at is not None and not self._ending:
                 server.removal, server.deadline = event, time.monotonic() + _END_S
                 os.kill(server.pid, signal.SIGUSR1)
                 return
@@ -184,37 +199,47 @@ class TcmuDaemon:
             self._netlink.reply(server.event, status)
             server.event = None
 
+    def _refuse(self, event: Event, name: UioName, reason: str) -> None:
+        log.error("%s: not added: %s", name.device, reason)
+        report_failure(image_of(name.config)[0], reason)
+        self._netlink.reply(event, -errno.ENOENT)
+
     def _on_death(self, server: _Server) -> None:
         if server.reader >= 0:
             self._on_report(server)
         _, status = os.waitpid(server.pid, 0)
         self._forget(server)
         code = os.waitstatus_to_exitcode(status)
+        reason = server.failed.error if server.failed else f"its server ended (status {code})"
         if server.removal is not None:
             self._netlink.reply(server.removal, 0)
         elif server.event is not None:
-            reason = server.failed.error if server.failed else f"its server died (status {code})"
-            log.error("%s: not added: %s", server.name.device, reason)
-            report_failure(image_of(server.name.config)[0], reason)
-            self._answer(server, -errno.ENOENT)
+            self._refuse(server.event, server.name, reason)
+        elif self._ending:
+            return
         elif server.failed is not None and issubclass(of_code(server.failed.code), DeviceBusyError):
             self._watch_strangers(server)
-        elif code != 0 and self._is_unserved(server.number, server.name):
-            self._start_again(server, code)
+        elif self._unserved(server.number, server.name) is not None:
+            self._start_again(server, reason)
 
-    # UIO numbers are reused: this one may be a new device's by now, which has an event of its own.
-    def _is_unserved(self, number: int, name: UioName | None = None) -> bool:
+    # Returns the name of the device if it is there and has no server. UIO numbers are reused: this one may be a new
+    # device's by now, which has an event of its own.
+    def _unserved(self, number: int, name: UioName | None = None) -> UioName | None:
         now = uio.devices().get(number)
-        if now is None or now.handler != HANDLER or (name is not None and now != name) or not now.is_configured:
-            return False
-        return all(server.number != number for server in self._servers.values())
+        if now is None or now.handler != HANDLER or (name is not None and now != name):
+            return None
+        # If the device is being removed, reading its directory waits until the kernel has the reply to that event.
+        self._take_events()
+        if any(server.number == number for server in self._servers.values()) or not now.is_configured:
+            return None
+        return now
 
-    # The server was killed, or ended without its device: the device must not hang in either case.
-    def _start_again(self, server: _Server, code: int) -> None:
+    # The server was killed, could not open its device, or ended without it: the device must not hang in any case.
+    def _start_again(self, server: _Server, reason: str) -> None:
         healthy = server.ready_at is not None and time.monotonic() - server.ready_at > _HEALTHY_S
         deaths = 1 if healthy else server.deaths + 1
         pause_s = backoff_s(deaths - 1, _RESTART_FIRST_S, _RESTART_MOST_S)
-        log.error("%s: its server died (status %d), another one in %g s", server.name.device, code, pause_s)
+        log.error("%s: %s; another server in %g s", server.name.device, reason, pause_s)
         self._waiting[server.number] = (time.monotonic() + pause_s, deaths)
 
     # A server of an earlier daemon goes on serving; when it dies, the device is taken over.
@@ -240,8 +265,8 @@ class TcmuDaemon:
         for number, (when, deaths) in list(self._waiting.items()):
             if when <= now:
                 del self._waiting[number]
-                if self._is_unserved(number):
-                    self._start(number, uio.devices()[number], None, deaths)
+                if (name := self._unserved(number)) is not None:
+                    self._start(number, name, None, deaths)
         for server in self._servers.values():
             if (server.ready_at is None or server.removal is not None) and server.deadline <= now:
                 server.failed = server.failed or Failed("opening the image took too long")
@@ -263,18 +288,24 @@ class TcmuDaemon:
             self._poll.unregister(server.reader)
             os.close(server.reader)
 
+    # Leaves no event without a reply: its process, which makes or removes the device, could not even be killed.
     def _end(self) -> None:
+        self._ending = True
         for server in self._servers.values():
             os.kill(server.pid, signal.SIGTERM)
         deadline = time.monotonic() + _END_S
-        for server in list(self._servers.values()):
-            poller = select.poll()
-            poller.register(server.pidfd, select.POLLIN)
-            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        while self._servers and (left_s := deadline - time.monotonic()) > 0:
+            self._handle({fd for fd, _ in self._poll.poll(left_s * 1000)})
+        for server in self._servers.values():
+            if server.event is not None or server.removal is not None:
+                os.kill(server.pid, signal.SIGKILL)
+            if server.removal is not None:
+                self._netlink.reply(server.removal, 0)
+            elif server.event is not None:
+                self._refuse(server.event, server.name, _DAEMON_ENDS)
+            else:
                 log.warning("%s: its server still waits for a source, and goes on", server.name.device)
-                continue
-            os.waitpid(server.pid, 0)
-            self._forget(server)
+        self._take_events()
         self._netlink.close()
 
 

@@ -97,10 +97,17 @@ def serve(
             configfs.control(name.backstore, "block_dev", "0")
     report.ready()
     _serve_until_end(server, number, name)
-    if isinstance(blob, WritableBlob):
-        blob.flush()
-    blob.close()
+    _close(blob)
     device.close()
+
+
+def _close(blob: Blob) -> None:
+    try:
+        if isinstance(blob, WritableBlob):
+            blob.flush()
+    except SourceError as error:  # the image is still lost: this server has written nothing to it
+        log.warning("%s", error)
+    blob.close()
 
 
 def _settle_in(device: str) -> None:
@@ -218,8 +225,9 @@ class LostImage(WritableBlob):
         self._writable().discard(offset, length, call)
 
     def flush(self) -> None:
-        if isinstance(self._image, WritableBlob):
-            self._image.flush()
+        image = self._found()
+        if isinstance(image, WritableBlob):
+            image.flush()
 
     def close(self) -> None:
         self._closed.set()
