@@ -99,8 +99,8 @@ class Client:
                 if not self.next_request(member.call):
                     return False
         except ConnectionLostError as error:
+            # No request comes any more. Those under way are still answered, and then run() hangs up.
             log.info("nbd: %s", error)
-            self.connection.hang_up()
             return False
         return True
 
@@ -162,7 +162,12 @@ class Client:
 
     def _send(self, parts: list[bytes]) -> None:
         with self._send_lock:
-            self.connection.send(parts, TRANSFER_S)
+            try:
+                self.connection.send(parts, TRANSFER_S)
+            except ConnectionLostError:
+                # Under the lock: the client would take the next answer for the rest of this one.
+                self.connection.hang_up()
+                raise
 
 
 class NbdServer:
@@ -217,7 +222,13 @@ class NbdServer:
                 client = Client(Connection(sock), self._export, self._budget)
                 thread = threading.Thread(target=self._serve, args=(client,), name="nbd-client", daemon=True)
                 self._clients[client] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:  # no more threads, for now
+                log.warning("nbd: refused a client: %s", error)
+                with self._lock:
+                    del self._clients[client]
+                client.connection.close()
 
     def _serve(self, client: Client) -> None:
         try:

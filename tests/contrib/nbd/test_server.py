@@ -20,8 +20,9 @@ from obdlab.contrib.nbd import server as nbd_server
 from obdlab.contrib.nbd.connection import Connection, ConnectionLostError
 from obdlab.contrib.nbd.export import Extents, NbdExport
 from obdlab.contrib.nbd.protocol import Chunk, Command, Export, Flag, Option, Reply
-from obdlab.contrib.nbd.server import Budget, NbdServer
+from obdlab.contrib.nbd.server import Budget, Client, NbdServer
 from obdlab.errors import DeviceError
+from obdlab.system.pauses import wait_until
 from tests.contrib.nbd.speaking import Speaker, go, meta, option, request
 from tests.devices.blobs import Gated, MemoryWritable, Short, Troubled
 
@@ -264,7 +265,31 @@ def test_a_hit_does_not_wait_behind_a_miss(tmp_path: Path) -> None:
         assert late == {100 + n: CONTENT[(512 << 10) + 4096 * n :][:4096] for n in range(10)}
 
 
-def test_stopping_answers_what_is_under_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tcp", [False, True])
+def test_stopping_answers_what_is_under_way(tmp_path: Path, *, tcp: bool) -> None:
+    blob = Gated(CONTENT, 0)
+    server = NbdServer(NbdExport(blob), ("127.0.0.1", 0) if tcp else tmp_path / "nbd.sock")
+    server.start()
+    with Speaker(("127.0.0.1", server.port) if tcp else tmp_path / "nbd.sock") as client:
+        client.begin()
+        client.say(request(Command.READ, 0, 4096))
+        assert blob.waiting.acquire(timeout=60)
+        (served,) = server._clients
+        stopped: list[bool] = []
+        stopping = threading.Thread(target=lambda: stopped.append(server.stop(60)))
+        stopping.start()
+        try:
+            assert wait_until(lambda: served._crew._ended, 60, look_s=0.01), "it goes on to take requests"
+            assert stopping.is_alive()
+        finally:
+            blob.gate.set()
+        assert client.simple(4096) == (1, 0, CONTENT[:4096])
+        assert client.is_hung_up_on()
+        stopping.join(60)
+    assert stopped == [True]
+
+
+def test_stopping_ends_with_its_time(tmp_path: Path) -> None:
     blob = Gated(CONTENT, 0)
     server = NbdServer(NbdExport(blob), ("127.0.0.1", 0))
     server.start()
@@ -272,8 +297,56 @@ def test_stopping_answers_what_is_under_way(tmp_path: Path) -> None:
         client.begin()
         client.say(request(Command.READ, 0, 4096))
         assert blob.waiting.acquire(timeout=60)
+        (serving_thread,) = server._clients.values()
         assert not server.stop(0.2)
         blob.gate.set()
+        serving_thread.join(60)
+
+
+class Clogged:
+    """A connection whose client takes no answer."""
+
+    def __init__(self) -> None:
+        self.hung_up_under_lock: list[bool] = []
+        self.lock: threading.Lock | None = None
+
+    def send(self, parts: list[bytes], timeout_s: float) -> None:
+        raise ConnectionLostError("client did not take the last 9 bytes in 1 s")
+
+    def hang_up(self) -> None:
+        assert self.lock is not None
+        self.hung_up_under_lock.append(self.lock.locked())
+
+
+def test_no_answer_follows_a_part_of_one() -> None:
+    connection = Clogged()
+    client = Client(connection, NbdExport(MemoryBlob(CONTENT)), Budget(0))  # type: ignore[arg-type]
+    connection.lock = client._send_lock
+    with pytest.raises(ConnectionLostError):
+        client._send([b"an answer"])
+    assert connection.hung_up_under_lock == [True]
+
+
+def test_a_lack_of_threads_costs_one_client_its_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, refused = threading.Thread.start, threading.Event()
+
+    def lacking(self: threading.Thread) -> None:
+        if self.name == "nbd-client" and not refused.is_set():
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    with serving(tmp_path, MemoryBlob(CONTENT)) as place:
+        monkeypatch.setattr(threading.Thread, "start", lacking)
+        with pytest.raises((EOFError, OSError)):
+            Speaker(place)
+        assert refused.is_set()
+        with Speaker(place) as client:
+            client.begin()
+            assert client.read(0, 1) == CONTENT[:1]
+    assert "nbd: refused a client: can't start new thread" in caplog.text
 
 
 def test_clients_that_leave_in_the_middle(tmp_path: Path) -> None:
