@@ -51,7 +51,7 @@ _MOST_NOTED = 4096
 _PROBE = 64 << 20
 _LOOKED_AT_S = 2.0
 _TRIES = 40
-#: Errors of the process or the host, which tell nothing of the file that was to be opened.
+#: Errors of the process or the host, and not of the file that was to be opened.
 _OF_THE_PROCESS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LOCK_PAUSE_S = 0.05
 # Longest wait for another process that stores the same disk.

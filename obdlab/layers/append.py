@@ -394,7 +394,7 @@ class AppendUpper(Upper):
                 segments = self._map.to_segments()
             since = log.end
         file = log.begin_rewrite(segments)
-        unfinished = file.name  # go_on_in renames it: what has become the index must stay
+        unfinished = file.name  # go_on_in renames it: the new index must stay
         with self._syncing, self._writing:
             try:
                 self._writable_log()

@@ -176,7 +176,7 @@ class DeviceRecord(Plan):
 def is_lost(record: DeviceRecord, directory: Path) -> bool:
     """Return True if the kernel alone served the device at ``directory``, and its node is another device's by now.
 
-    Devices of one image share the file behind them, so that it does not tell them apart.
+    Devices of one image share the file behind them: their labels differ.
     """
     return record.state is DeviceState.GRADUATED and not fuse_loop.is_of(Path(record.path), directory)
 

@@ -345,7 +345,7 @@ class VerifiedFile(Closing):
 
 
 def _is_half_made(names: set[str]) -> bool:
-    # True also for what another process is making meanwhile.
+    # True also for a layout that another process is making meanwhile.
     known = {_BLOBS, _INDEX, _MARK}
     return not names or (_BLOBS in names and all(name in known or name.startswith(_NEW) for name in names))
 
