@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 MAX_FILES = 8192
 _MAX_LOOKUPS = 1 << 18
 _MAX_PATH = 4096
+# A lookup counts once more for each so many bytes of its path and of the real one: both are kept, 128 MiB at most.
+_PATH_PIECE = 256
+# Noted ranges: some 150 MB. A file may have an extent for each of its blocks.
+_MAX_RANGES = 1 << 20
 #: Bytes read of one disk.
 MAX_READ = 2 << 30
 #: Bytes alone do not bound the time of a hostile image.
@@ -60,6 +64,10 @@ class ImageFiles:
         self._left -= end - begin
         if self._left < 0:
             raise FormatError("start takes too many reads", blob=self._name, wanted=f"at most {MAX_READ} bytes")
+        self._check_time()
+
+    # Lookups of names that are kept read nothing, and take time all the same.
+    def _check_time(self) -> None:
         if time.monotonic() > self._deadline:
             raise FormatError("start takes too long to follow", blob=self._name, wanted=f"at most {MAX_S:g} s")
 
@@ -68,6 +76,11 @@ class ImageFiles:
         if self._ahead:
             begin = begin // self._ahead * self._ahead
             end = min(self._size, max(end, begin + self._ahead))
+        self._add_range(begin, end)
+
+    def _add_range(self, begin: int, end: int) -> None:
+        if len(self.ranges) >= _MAX_RANGES:
+            raise FormatError("start takes too many reads", blob=self._name, wanted=f"at most {_MAX_RANGES} ranges")
         self.ranges.append((begin, end))
 
     def _open_inode(self, number: int) -> None:
@@ -77,14 +90,20 @@ class ImageFiles:
 
     def real(self, path: bytes) -> bytes | None:
         """Return the real path of a regular file; None if ``path`` names none, or too many were asked for."""
-        if path not in self._found:
-            self._found[path] = self._looked_up(path)
-        return self._found[path]
+        self._check_time()
+        if path in self._found:
+            return self._found[path]
+        if not self._may_look_up(path):
+            return None
+        found = self._found[path] = self._looked_up(path)
+        return found
+
+    # Returns False if too many paths were asked for, and for one that no file can have. No such path is kept.
+    def _may_look_up(self, path: bytes) -> bool:
+        return self._lookups < _MAX_LOOKUPS and len(path) <= _MAX_PATH and b"\0" not in path
 
     def _looked_up(self, path: bytes) -> bytes | None:
-        self._lookups += 1
-        if self._lookups > _MAX_LOOKUPS or b"\0" in path or len(path) > _MAX_PATH:
-            return None
+        self._lookups += 1 + len(path) // _PATH_PIECE
         try:
             found: bytes = self._seen.real_path(path)
             number = self._seen.find(found)
@@ -93,13 +112,14 @@ class ImageFiles:
         inode = self._seen.inode(number)
         if not stat.S_ISREG(inode.mode):
             return None
+        self._lookups += len(found) // _PATH_PIECE
         self._inodes[found] = number, inode
         return found
 
     def search(self, path: bytes) -> bytes | None:
         """Like :meth:`real`; of a path that is missing, note the directories that the kernel looks through for it."""
         found = self.real(path)
-        if found is None:
+        if found is None and self._may_look_up(path):
             parts = os.path.normpath(path).split(b"/")
             for number in range(1, len(parts)):
                 if not self.open_directory(b"/".join(parts[:number]) or b"/"):
@@ -131,14 +151,16 @@ class ImageFiles:
 
     def open_directory(self, path: bytes) -> bool:
         """Note the reads that look through a directory; return False if it is missing."""
-        if path not in self._walked:
-            self._walked[path] = False
-            number = self._directory(path)
-            if number is not None:
-                self._walked[path] = True
-                self._open_inode(number)
-                self._noted.entries(number)
-        return self._walked[path]
+        if path in self._walked:
+            return self._walked[path]
+        if not self._may_look_up(path):
+            return False
+        number = self._directory(path)
+        self._walked[path] = number is not None
+        if number is not None:
+            self._open_inode(number)
+            self._noted.entries(number)
+        return number is not None
 
     def is_directory(self, path: bytes) -> bool:
         """Return True if the real path of a directory is given."""
@@ -146,9 +168,10 @@ class ImageFiles:
         return number is not None and self._seen.real_path(path) == path
 
     def _directory(self, path: bytes) -> int | None:
-        self._lookups += 1
-        if self._lookups > _MAX_LOOKUPS or b"\0" in path or len(path) > _MAX_PATH:
+        self._check_time()
+        if not self._may_look_up(path):
             return None
+        self._lookups += 1 + len(path) // _PATH_PIECE
         try:
             number: int = self._seen.find(path)
         except NoSuchFileError:
@@ -161,14 +184,8 @@ class ImageFiles:
         for first, last, place in self._pieces(path, begin, end):
             # The kernel reads whole pages, the last one of a file included.
             stop = place + last - first
-            self.ranges.append(
-                (
-                    place // SECTOR * SECTOR,
-                    -(-stop // PAGE) * PAGE
-                    if last == self.size(path) and not place % PAGE
-                    else -(-stop // SECTOR) * SECTOR,
-                )
-            )
+            piece = PAGE if last == self.size(path) and not place % PAGE else SECTOR
+            self._add_range(place // SECTOR * SECTOR, -(-stop // piece) * piece)
 
     def _pieces(self, path: bytes, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         for at, length, place in self._seen.volume.places(self._inodes[path][1]):

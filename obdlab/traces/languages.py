@@ -1,7 +1,8 @@
 """The files that an interpreter loads for a program: its own start set, and the imports of sources, by their text.
 
 Each class knows one language. Imports are found by patterns, not by a parser: sources are hostile, and those
-that a function makes later are no part of a start.
+that a function makes later are no part of a start. A pattern must not try two ways to divide a long run of the same
+characters: its time grew with the square of a line's length. Possessive quantifiers ("*+", "++") give nothing back.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Python(Language):
     """CPython 3."""
 
     _PROGRAM = re.compile(rb"(.*)/bin/python(3)\.(\d{1,2})")
-    _IMPORT = re.compile(rb"[ \t]*(?:from[ \t]+(\.*)([\w.]*)[ \t]+import[ \t]+(.*)|import[ \t]+(.*))")
+    _IMPORT = re.compile(rb"[ \t]*+(?:from[ \t]++(\.*+)([\w.]*+)[ \t]++import[ \t]++(.*)|import[ \t]++(.*))")
     # Since 3.11 the other modules that it starts with are part of the program.
     _BEFORE_FROZEN = (
         b"codecs",
@@ -383,8 +384,8 @@ class Php(Language):
     _PROGRAM = re.compile(rb".*/(?:php|php-fpm|libphp)(\d+\.\d+|\d)?(?:\.so)?")
     _EXTENSION = re.compile(rb"^[ \t]*(?:zend_)?extension[ \t]*=[ \t]*\"?([\w./-]+)", re.MULTILINE)
     _INCLUDE = re.compile(
-        rb"""^[ \t]*(?:require|include)(?:_once)?[ \t(]*(?:__DIR__[ \t]*\.|dirname\([ \t]*__FILE__"""
-        rb"""[ \t]*\)[ \t]*\.)?[ \t]*['"]([^'"\n]{1,200}\.(?:php|inc))['"]""",
+        rb"""^[ \t]*+(?:require|include)(?:_once)?[ \t(]*+(?:(?:__DIR__|dirname\([ \t]*+__FILE__[ \t]*+\))"""
+        rb"""[ \t]*+\.[ \t]*+)?['"]([^'"\n]{1,200}\.(?:php|inc))['"]""",
         re.MULTILINE,
     )
     _KINDS = ((b"fpm", b"fpm"), (b"libphp", b"apache2"), (b"php", b"cli"))

@@ -269,7 +269,7 @@ class _Start:
     # Files that a program names in its data: configurations, most of all.
     def _named(self, program: bytes) -> None:
         data = self.image.read(program, 0, _MAX_PROGRAM)
-        for name in list(dict.fromkeys(match[0] for match in _NAMED.finditer(data)))[:_MAX_NAMES]:
+        for name in _names_in_data(data):
             found = self.image.real(name)
             if found is not None and self.image.size(found) <= _NAMED_SIZE:
                 self._configuration(found)
@@ -370,6 +370,16 @@ class _Start:
     # Of programs and of the libraries that they are made of, most is read.
     def _whole_size(self, path: bytes) -> int:
         return PROGRAM_SIZE if self.image.read(path, 0, len(MAGIC)) == MAGIC else WHOLE_SIZE
+
+
+# Returns paths in a program's data, each once. It stops at the bound: the data may be all names.
+def _names_in_data(data: bytes) -> list[bytes]:
+    found: dict[bytes, None] = {}
+    for match in _NAMED.finditer(data):
+        found[match[0]] = None
+        if len(found) >= _MAX_NAMES:
+            break
+    return list(found)
 
 
 # Texts that no path can hold are left out.

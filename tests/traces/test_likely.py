@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from obdlab.formats import oci
 from obdlab.formats.trace import Trace
 from obdlab.layerfiles.disks import open_disk
 from obdlab.settings.settings import Settings
-from obdlab.traces import imagefiles
+from obdlab.traces import imagefiles, likely
 from obdlab.traces.likely import Suggested, suggest
 from obdlab.traces.sectors import sectors_of_reads
 from obdlab.traces.sets import coverage
@@ -208,3 +210,63 @@ def test_headers_that_claim_to_be_endless_are_refused() -> None:
     data[0x38:0x3A] = (60000).to_bytes(2, "little")
     with pytest.raises(FormatError, match="too many segments"):
         read_linked(lambda at, length: bytes(data[at : at + length]), len(data), name="p")
+
+
+def test_paths_that_are_looked_for_are_bounded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagefiles, "_MAX_LOOKUPS", 100)
+    with open_disk(place.layers, Settings()) as disk:
+        files = imagefiles.ImageFiles(disk)
+        assert files.real(b"/unread") == b"/unread"
+        for number in range(10_000):
+            assert files.search(b"/usr/module%d/__init__.py" % number) is None
+            assert not files.open_directory(b"/usr/module%d" % number)
+        assert len(files._found) <= 100
+        assert len(files._walked) <= 100
+        assert files.real(b"/unread") == b"/unread"
+        # Names that are kept need no read; following them ends all the same.
+        files._deadline = 0.0
+        for look in (files.real, files.names):
+            with pytest.raises(FormatError, match="takes too long"):
+                look(b"/unread")
+
+
+def test_long_paths_are_not_kept(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imagefiles, "_MAX_LOOKUPS", 1000)
+    with open_disk(place.layers, Settings()) as disk:
+        files = imagefiles.ImageFiles(disk)
+        for number in range(1000):
+            assert files.search(b"/%d/" % number + b"x" * (1 << 20)) is None
+            assert files.search(b"/%d/" % number + b"x/" * 2000) is None
+        for kept in (files._found, files._walked):
+            assert sum(map(len, kept)) < 1000 * 256
+
+
+def test_noted_ranges_are_bounded(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_disk(place.layers, Settings()) as disk:
+        files = imagefiles.ImageFiles(disk)
+        path = files.real(b"/unread")
+        assert path is not None
+        monkeypatch.setattr(imagefiles, "_MAX_RANGES", len(files.ranges) + 10)
+        for _ in range(10):
+            files.note(path, 0, 4096)
+        with pytest.raises(FormatError, match="too many reads"):
+            files.note(path, 0, 4096)
+        assert len(files.ranges) == imagefiles._MAX_RANGES
+        with pytest.raises(FormatError, match="too many reads"):
+            files.open(path)
+
+
+def test_a_program_of_names_alone_is_read_up_to_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    class Counting:
+        def finditer(self, data: bytes) -> Iterator[re.Match[bytes]]:
+            for match in named.finditer(data):
+                taken.append(match)
+                yield match
+
+    named = likely._NAMED
+    monkeypatch.setattr(likely, "_NAMED", Counting())
+    names = [b"/etc/name%d" % number for number in range(5000)]
+    assert likely._names_in_data(b"\0".join([names[0], *names])) == names[:1024]
+    assert len(taken) == 1025

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,9 @@ from obdlab.convert.endpoints.layout import ImageLayout
 from obdlab.formats import oci
 from obdlab.layerfiles.disks import open_disk
 from obdlab.settings.settings import Settings
+from obdlab.traces.languages import MAX_SOURCE
 from obdlab.traces.likely import suggest
+from obdlab.traces.runtimes import LANGUAGES, language_of
 from tests.convert.layouts import make_layout, member
 
 PROGRAM = Path("/usr/bin/env").read_bytes()
@@ -87,3 +90,85 @@ def test_erlang_reads_its_boot_file_and_the_application_that_a_variable_names(la
     }
     assert "usr/lib/erlang/lib/kernel-9.1/ebin/other.beam" not in found
     assert not any(name.startswith("opt/") for name in followed(layers, erlexec))
+
+
+class NoFiles:
+    """An image without files, which keeps the paths that are looked for."""
+
+    def __init__(self) -> None:
+        self.wanted: list[bytes] = []
+
+    def real(self, path: bytes) -> None:
+        if len(path) < 4096:
+            self.wanted.append(path)
+
+    search = real
+
+    def names(self, directory: bytes) -> list[bytes]:
+        return []
+
+
+#: A program and the name of a source, for each language whose sources are looked through.
+SOURCES = {
+    b"/usr/bin/python3.11": b"/srv/app/a.py",
+    b"/usr/bin/perl": b"/srv/app/a.pl",
+    b"/usr/bin/ruby": b"/srv/app/a.rb",
+    b"/usr/bin/node": b"/srv/app/a.js",
+    b"/usr/bin/php": b"/srv/app/a.php",
+    b"/usr/bin/Rscript": b"/srv/app/a.R",
+}
+#: Beginnings of statements, texts that are repeated behind each, and ends.
+_BEGINNINGS = (
+    *(b"", b"from ", b"from .", b"from a", b"import ", b"use ", b"use a", b"require", b"require a", b"require("),
+    *(b"include_once __DIR__", b"include dirname(", b"include dirname(__FILE__", b"include __DIR__ . ", b"library"),
+    b"library(",
+)
+_REPEATED = (b" ", b"\t", b".", b"a", b"A::", b"(", b"'", b"a.", b", ")
+_ENDS = (b"", b" import")
+#: Lengths of lines, and their numbers: some languages leave out the longest ones.
+_SHAPES = ((MAX_SOURCE, 1), (4000, 16))
+
+
+# With a pattern that tries all ways to divide a line, one of these takes hours instead of milliseconds.
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("program", SOURCES)
+def test_hostile_sources_take_time_in_proportion_to_their_length(program: bytes) -> None:
+    files: Any = NoFiles()
+    language = language_of(files, program, {})
+    assert language is not None
+    for beginning in _BEGINNINGS:
+        for repeated in _REPEATED:
+            for end in _ENDS:
+                for length, number in _SHAPES:
+                    times = (length - len(beginning) - len(end)) // len(repeated)
+                    lines = [beginning + times * repeated + end] * number
+                    assert list(language.needed(SOURCES[program], b"\n".join(lines))) == []
+                    files.wanted.clear()
+
+
+def test_no_language_with_sources_is_left_out() -> None:
+    files: Any = NoFiles()
+    found = {type(language_of(files, each, {})) for each in SOURCES}
+    assert {each.__name__ for each in set(LANGUAGES) - found} == {"Java", "Erlang"}
+
+
+@pytest.mark.parametrize(
+    ("program", "source", "wanted"),
+    [
+        (b"/usr/bin/python3.11", b"from .one import two", b"/srv/app/one/two.py"),
+        (b"/usr/bin/python3.11", b"from ..one.two import (three,\n four)", b"/srv/one/two/four.py"),
+        (b"/usr/bin/python3.11", b"from\t.  import two # text", b"/srv/app/two.py"),
+        (b"/usr/bin/python3.11", b"from one.two  import three", b"/srv/app/one/two/three.py"),
+        (b"/usr/bin/python3.11", b"import one, two.three", b"/srv/app/two/three.py"),
+        (b"/usr/bin/php", b"<?php\nrequire 'a.php';", b"/srv/app/a.php"),
+        (b"/usr/bin/php", b"<?php\n include_once ( 'a.inc' );", b"/srv/app/a.inc"),
+        (b"/usr/bin/php", b"<?php\nrequire __DIR__ . '/a.php';", b"/srv/app/a.php"),
+        (b"/usr/bin/php", b"<?php\nrequire_once(dirname( __FILE__ ).'/a.php');", b"/srv/app/a.php"),
+    ],
+)
+def test_forms_of_imports(program: bytes, source: bytes, wanted: bytes) -> None:
+    files: Any = NoFiles()
+    language = language_of(files, program, {})
+    assert language is not None
+    assert list(language.needed(SOURCES[program], source)) == []
+    assert wanted in files.wanted
