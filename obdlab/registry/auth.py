@@ -12,6 +12,7 @@ import logging
 import re
 import threading
 import time
+from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -47,6 +48,8 @@ _RENEW_AGAIN_S = 1.0
 # Other requests wait this long for the first one; a slow one must not hold them up for longer.
 _FIRST_WAIT_S = 2.0
 _LONGEST_WAIT_S = 600.0
+# A client of a peer agent may name any number of repositories.
+_MOST_GRANTS = 1024
 _WRONG_PASSWORD = "registry refuses the credentials"
 # Answers of token servers that refuse user or password.
 _REFUSALS = (400, 401, 403)
@@ -124,7 +127,8 @@ class Authenticator:
         self._credentials = credentials
         self._transport = transport
         self._lock = threading.Lock()
-        self._grants: dict[tuple[str, str, str], _Grant] = {}
+        # The one used last stands at the end.
+        self._grants: OrderedDict[tuple[str, str, str], _Grant] = OrderedDict()
 
     def exchange(
         self,
@@ -174,6 +178,10 @@ class Authenticator:
             grant = self._grants.get(key)
             if grant is None:
                 grant = self._grants[key] = _Grant()
+                if len(self._grants) > _MOST_GRANTS:
+                    self._grants.popitem(last=False)
+            else:
+                self._grants.move_to_end(key)
             return grant
 
     @contextmanager

@@ -54,6 +54,7 @@ class P2PProxy:
         self._alive: bool | None = None
         self._checked = 0.0
         self._checking = False
+        self._known = threading.Event()
         if scheme != "https" and not is_loopback(netloc):
             logger.warning("%s: gets tokens of registries over the network without TLS", self.name)
 
@@ -69,10 +70,9 @@ class P2PProxy:
             begin = due and not self._checking
             self._checking |= begin
             first = begin and self._alive is None
-        if first:
-            self._check()
-        elif begin:
-            self._check_in_background()
+        # In the background also the first time: the resolver that is asked for the proxy's name has no time-out.
+        if begin and self._check_in_background() and first:
+            self._known.wait(_CONNECT_S)
         return bool(self._alive) and self._standing.usable() and url not in self._absent
 
     def worked(self) -> None:
@@ -87,18 +87,20 @@ class P2PProxy:
         """Bypass the proxy for this blob for a while: its data was wrong."""
         self._absent.add(url)
 
-    def _check_in_background(self) -> None:
+    def _check_in_background(self) -> bool:
         try:
             threading.Thread(target=self._check, name="obdlab-p2p-check", daemon=True).start()
         except RuntimeError:  # no thread available: the next read tries again
             with self._lock:
                 self._checking = False
+            return False
+        return True
 
     def _check(self) -> None:
         try:
             socket.create_connection(self._endpoint, timeout=_CONNECT_S).close()
             alive, cause = True, ""
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # the latter for a name that DNS cannot have
             alive, cause = False, str(error)
         with self._lock:
             before, self._alive = self._alive, alive
@@ -111,6 +113,7 @@ class P2PProxy:
                 self.name,
                 "can be reached again" if alive else f"cannot be reached, blobs are read without it: {cause}",
             )
+        self._known.set()
 
 
 def parse_address(address: str) -> tuple[str, str, tuple[str, int]]:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote, urlsplit
 
+from obdlab.call import Call
 from obdlab.errors import FormatError
 from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, check_digest, digest_of, is_digest
 from obdlab.registry.answer import read_small
@@ -22,12 +24,13 @@ from obdlab.registry.reference import Reference
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from obdlab.call import Call
     from obdlab.registry.answer import Answer
     from obdlab.registry.reference import Repository
     from obdlab.registry.session import Session
 
 _MOST_PAGES = 64
+# Of all pages: all entries of a list are kept at the same time.
+_MOST_BYTES = 4 * MAX_MANIFEST_SIZE
 _TRIES = 5
 _NEXT = re.compile(r'<([^<>]{1,4096})>\s*;\s*rel="?next"?', re.ASCII)
 _NO_API = (400, 404, 405, 501)
@@ -102,6 +105,8 @@ def _from_api(
     doing = "listing referrers"
     path = f"referrers/{digest}" + (f"?artifactType={quote(artifact_type, safe='')}" if artifact_type else "")
     found: tuple[Descriptor, ...] = ()
+    size = 0
+    whole = Call(time.monotonic() + session.deadline_s)
     for _ in range(_MOST_PAGES):
 
         def read(response: Answer) -> tuple[bytes, str]:
@@ -116,7 +121,10 @@ def _from_api(
                 repository, path, {"Accept": OCI_INDEX}, read, doing=doing, wanted=(200,), call=call, helped=False
             )
 
-        data, link = session.persist(attempt, blob=f"{repository}@{digest}", tries=_TRIES)
+        data, link = session.persist(attempt, blob=f"{repository}@{digest}", call=whole, tries=_TRIES)
+        size += len(data)
+        if size > _MOST_BYTES:
+            raise RegistryError(f"{doing}: list longer than {_MOST_BYTES} bytes", blob=f"{repository}@{digest}")
         found += Index.parse(data, f"{repository}: referrers of {digest}").manifests
         match = _NEXT.search(link)
         if match is None:

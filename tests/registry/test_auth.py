@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from obdlab.registry.auth import Challenge, parse_challenges
+from obdlab.call import UNBOUND
+from obdlab.registry.auth import Authenticator, Challenge, parse_challenges
 from obdlab.registry.credentials import Credentials, CredentialsError
 from obdlab.registry.reference import Repository
 
@@ -149,3 +151,16 @@ def test_any_challenge_ends(header: str) -> None:
 def test_a_hostile_challenge_costs_no_time() -> None:
     for piece in ('a="', "a=\\", "a,", " ", "a ", 'a="\\'):
         parse_challenges("Bearer " + piece * 100_000)
+
+
+def test_tokens_of_repositories_that_are_no_longer_used_are_forgotten() -> None:
+    no_transport: Any = None
+    authenticator = Authenticator(Credentials(), no_transport)
+    used = Repository("registry.example", "in/use")
+    authenticator.header(used, "pull", UNBOUND)
+    (first,) = authenticator._grants.values()
+    for number in range(2000):
+        authenticator.header(Repository("registry.example", f"random/{number}"), "pull", UNBOUND)
+        authenticator.header(used, "pull", UNBOUND)
+    assert len(authenticator._grants) <= 1024
+    assert any(grant is first for grant in authenticator._grants.values())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -230,3 +231,27 @@ def test_a_proxy_that_is_down_is_not_asked(caplog: pytest.LogCaptureFixture) -> 
         assert not proxy.usable("http://registry.example/blob")
     assert "cannot be reached" in caplog.text
     assert "Connection refused" in caplog.text
+
+
+def test_a_silent_resolver_does_not_hold_the_first_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+
+    def silent(*_: object, **__: object) -> None:
+        answered.wait(30)
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    proxy = P2PProxy("http://p2p.example")
+    began = time.monotonic()
+    assert not proxy.usable("http://registry.example/blob")
+    assert not proxy.usable("http://registry.example/blob")
+    assert time.monotonic() - began < 20
+    answered.set()
+    end = time.monotonic() + WAIT_S
+    while proxy._checking and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not proxy.usable("http://registry.example/blob")
+
+
+def test_a_proxy_with_a_name_that_dns_cannot_have_is_not_asked() -> None:
+    assert not P2PProxy(f"http://{'a' * 64}.example").usable("http://registry.example/blob")

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from obdlab.errors import FormatError
-from obdlab.formats.oci import OCI_CONFIG, OCI_INDEX, OCI_MANIFEST, Descriptor, Index, digest_of
+from obdlab.formats.oci import (
+    MAX_MANIFEST_SIZE,
+    OCI_CONFIG,
+    OCI_INDEX,
+    OCI_MANIFEST,
+    Descriptor,
+    Index,
+    digest_of,
+)
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.errors import RegistryError
 from obdlab.registry.reference import Reference, Repository
@@ -156,6 +164,28 @@ def test_pages_without_end(client: RegistryClient, registry: FaultyRegistry) -> 
     registry.always(index_answer(index_of(), Link=f"</v2/some/image/referrers/{SUBJECT}>; rel=next"))
     with pytest.raises(RegistryError, match="more than 64 pages"):
         client.referrers(registry.repository(), SUBJECT)
+
+
+def test_a_list_of_large_pages(client: RegistryClient, registry: FaultyRegistry) -> None:
+    page = index_of("a").ljust(MAX_MANIFEST_SIZE)
+    registry.always(index_answer(page, Link=f"</v2/some/image/referrers/{SUBJECT}>; rel=next"))
+    with pytest.raises(RegistryError, match="list longer than"):
+        client.referrers(registry.repository(), SUBJECT)
+    assert len(registry.requests) == 5
+
+
+def test_all_pages_have_one_deadline(registry: FaultyRegistry) -> None:
+    good = index_answer(index_of("a"), Link=f"</v2/some/image/referrers/{SUBJECT}>; rel=next")
+
+    def slow(answer: faulty.Answer) -> None:
+        answer.handler.closing.wait(0.2)
+        good(answer)
+
+    registry.always(slow)
+    with closing(RegistryClient(deadline_s=1)) as client, pytest.raises(RegistryError) as caught:
+        client.referrers(registry.repository(), SUBJECT)
+    assert caught.value.timed_out, caught.value
+    assert len(registry.requests) < 10
 
 
 def test_answers_that_are_no_index(client: RegistryClient, registry: FaultyRegistry) -> None:
