@@ -229,6 +229,10 @@ class Agent:
     def _tree_file(self, repository: Repository, digest: str, size: int, *, may_ask: bool) -> SharedFile | None:
         if not size:
             return None
+        # The header of a request chose the file. The blob that is opened here serves other readers of that file, too:
+        # a size that is not the registry's would give them wrong answers.
+        if self._rights.of(repository, digest).size != size:
+            raise RefusedError(HTTPStatus.BAD_REQUEST, "the hash tree's file is not that of a blob of this size")
         return SharedFile(self._shared(Asked(repository, digest), size, may_ask=may_ask), DEADLINE_S)
 
     def _close_idle(self) -> None:

@@ -6,12 +6,15 @@ import hashlib
 import threading
 import time
 from collections import OrderedDict
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 from obdlab.call import Call
 from obdlab.registry.errors import RegistryError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
     from obdlab.registry.transport import Transport
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 _GRANTED_S = 600.0
 _REFUSED_S = 30.0
 _MOST = 4096
-#: Time for one question.
+#: Time for one question, with the wait for another one about the same blob.
 _ASK_S = 10.0
 _REFUSALS = (401, 403, 404)
 _DOING = "asking whether the blob may be read"
@@ -47,11 +50,11 @@ class Rights:
     def of(self, repository: Repository, digest: str) -> Known:
         """Return what the registry says of the blob. Raises RegistryError, also while a refusal is remembered."""
         key = (repository, digest)
-        with self._turn(key):
+        with self._turn(key) as call:
             found = self._recall(key)
             if found is None:
                 try:
-                    found = self._ask(repository, digest)
+                    found = self._ask(repository, digest, call)
                 except RegistryError as error:
                     if error.temporary:
                         raise
@@ -68,7 +71,7 @@ class Rights:
         """
         token = hashlib.sha256(authorization.encode("latin-1", "replace")).digest()
         key = (repository, digest, token)
-        with self._turn(key):
+        with self._turn(key) as call:
             found = self._recall(key)
             if found is None:
                 answer = self._transport.send(
@@ -76,7 +79,7 @@ class Rights:
                     f"{repository.blobs_url}/{digest}",
                     {"Range": "bytes=0-0"},
                     doing=_DOING,
-                    call=Call(time.monotonic() + _ASK_S),
+                    call=call,
                     authorization=authorization,
                 )
                 answer.close()
@@ -86,8 +89,7 @@ class Rights:
                 self._remember(key, found, _GRANTED_S if found else _REFUSED_S)
         return found is True
 
-    def _ask(self, repository: Repository, digest: str) -> Known:
-        call = Call(time.monotonic() + _ASK_S)
+    def _ask(self, repository: Repository, digest: str, call: Call) -> Known:
         try:
             return Known(self._anonymous.blob_size(repository, digest, call), public=True)
         except RegistryError as error:
@@ -95,12 +97,21 @@ class Rights:
                 raise
         return Known(self._own.blob_size(repository, digest, call), public=False)
 
-    # One question at a time for each key; others wait for its answer.
-    def _turn(self, key: object) -> threading.Lock:
+    # One question at a time for each key; others wait for its answer. Waiting and asking have one deadline: behind a
+    # silent registry, the last of many askers would wait for the time-outs of all before it.
+    @contextmanager
+    def _turn(self, key: object) -> Iterator[Call]:
+        call = Call(time.monotonic() + _ASK_S)
         with self._lock:
             if len(self._asking) > _MOST:
                 self._asking = {each: lock for each, lock in self._asking.items() if lock.locked()}
-            return self._asking.setdefault(key, threading.Lock())
+            lock = self._asking.setdefault(key, threading.Lock())
+        if not lock.acquire(timeout=call.left_s(_ASK_S)):
+            raise RegistryError(f"{_DOING}: no answer in time", temporary=True, timed_out=True)
+        try:
+            yield call
+        finally:
+            lock.release()
 
     def _recall(self, key: object) -> Known | RegistryError | bool | None:
         with self._lock:

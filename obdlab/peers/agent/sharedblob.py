@@ -111,7 +111,7 @@ class SharedBlob:
     def close_unused(self) -> bool:
         """Close the files, unless readers or transfers use them. Return True if closed."""
         with self._lock:
-            if self._users or self._closing or any(not each.over for each in self._transfers.values()):
+            if self._users or self._closing:
                 return False
             self._closing = True
             self._transfers.clear()
@@ -208,14 +208,23 @@ class SharedBlob:
             transfer = Transfer(first * self._unit, min(last * self._unit, self.size))
             for number in range(first, last):
                 self._transfers[number] = transfer
+            # The transfer's own use of the files, which ends when it is stored: its readers may be done before.
+            self._users += 1
         try:
             self._pool.submit(self._run, transfer, hops)
         except RuntimeError as error:  # the agent ends
             self.forget(transfer)
+            self.release()
             raise SourceError("agent is ending", blob=self.wanted.name, temporary=True) from error
         return transfer
 
     def _run(self, transfer: Transfer, hops: tuple[str, ...]) -> None:
+        try:
+            self._fetch(transfer, hops)
+        finally:
+            self.release()
+
+    def _fetch(self, transfer: Transfer, hops: tuple[str, ...]) -> None:
         error: Exception | None = None
         try:
             self._fetcher.fetch(self.wanted, transfer, hops)

@@ -7,13 +7,14 @@ for a slow registry or a busy link gets more time, as all that wait below it wou
 
 from __future__ import annotations
 
-import http.client
 import logging
 import threading
 import time
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Self
 
+from obdlab.call import Call
+from obdlab.registry.dial import Dialer
 from obdlab.registry.tries import SocketCancellation
 
 if TYPE_CHECKING:
@@ -34,6 +35,10 @@ _TICK_S = 0.05
 # On a link that is full a connection may lose its first packet, which is sent again after a second.
 _PROBES_S = (0.35, 0.45)
 _RATED_AFTER_S = 1.0
+# An agent's answer to a probe has some 150 bytes.
+_MOST_ANSWER = 4096
+_END = b"\r\n\r\n"
+_dialer = Dialer()
 
 
 class Attempt:
@@ -160,21 +165,38 @@ class State(Enum):
 
 def look(address: str, digest: str = "", offset: int = 0) -> State:
     """Ask the agent at ``host:port`` whether it is alive and waits for a blob's bytes at ``offset``."""
-    host, _, port = address.rpartition(":")
+    target = f"{ALIVE_PATH}?digest={digest}&offset={offset}" if digest else ALIVE_PATH
     for timeout_s in _PROBES_S:
-        connection = http.client.HTTPConnection(host.strip("[]"), int(port), timeout=timeout_s)
         try:
-            connection.request("GET", f"{ALIVE_PATH}?digest={digest}&offset={offset}" if digest else ALIVE_PATH)
-            answer = connection.getresponse()
-            if answer.status == http.client.NO_CONTENT:
-                return State.WAITS if answer.headers.get(WAITS_HEADER) else State.ALIVE
-        except ConnectionRefusedError:
-            return State.DEAD
-        except (OSError, http.client.HTTPException) as error:
+            status, *headers = _answer(address, target, Call(time.monotonic() + timeout_s)).split(b"\r\n")
+        except OSError as error:
             logger.debug("%s: no answer: %s", address, error)
-        finally:
-            connection.close()
+            continue
+        if status.split()[1:2] == [b"204"]:
+            named = (line.partition(b":") for line in headers)
+            waits = any(name.lower() == WAITS_HEADER.lower().encode() and value.strip() for name, _, value in named)
+            return State.WAITS if waits else State.ALIVE
     return State.DEAD
+
+
+# Returns the status line and the headers. The time-out of http.client is for each wait: an agent that sends a byte
+# now and then would hold the thread for ever.
+def _answer(address: str, target: str, call: Call) -> bytes:
+    host, _, port = address.rpartition(":")
+    with _dialer.dial(host.strip("[]"), int(port), call) as connection:
+        connection.settimeout(max(call.left_s(1.0), 0.001))
+        connection.sendall(f"GET {target} HTTP/1.0\r\n\r\n".encode())
+        data = b""
+        while _END not in data:
+            left_s = call.left_s(1.0)
+            if left_s <= 0:
+                raise TimeoutError("no whole answer in time")
+            connection.settimeout(left_s)
+            piece = connection.recv(_MOST_ANSWER - len(data))
+            if not piece:
+                raise ConnectionError("answer without an end")
+            data += piece
+    return data.partition(_END)[0]
 
 
 def is_alive(address: str) -> bool:

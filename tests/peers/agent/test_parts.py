@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from obdlab.call import Call
+from obdlab.errors import SourceError
 from obdlab.formats.hashtree import TreeReference
+from obdlab.peers.agent import rights
 from obdlab.peers.agent.asked import HOPS_HEADER, MOST_HOPS, Asked, RefusedError, Rules, parse_range
+from obdlab.peers.agent.fetcher import Wanted
 from obdlab.peers.agent.members import Members, MembersError, parse_members
+from obdlab.peers.agent.rights import Rights
 from obdlab.peers.agent.route import Router
+from obdlab.peers.agent.sharedblob import Recent, SharedBlob
 from obdlab.peers.agent.signature import SIGNATURE_HEADER, VALID_S, is_signed, sign
 from obdlab.peers.agent.starting import PeerOptionsError, read_key
+from obdlab.peers.agent.tallies import Tallies
 from obdlab.peers.agent.transfer import Transfer
 from obdlab.peers.agent.trees import MANAGED, ComputedTrees, Manager
+from obdlab.peers.agent.watch import WAITS_HEADER, State, look
+from obdlab.registry.errors import RegistryError
 from obdlab.registry.p2p import BLOB_HEADER, TREE_HEADER
 from obdlab.registry.reference import Repository
 
@@ -240,3 +255,173 @@ def test_a_manager_gives_places_and_takes_out_only_agents_that_are_gone(topology
     manager.place(digest, deepest, "a0")
     manager.place(digest, deepest, "stranger")
     assert manager.left == 1
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """Run a server that reads one request of each connection and calls ``answer``; yield its address."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def serve(connection: socket.socket) -> None:
+            with connection:
+                try:
+                    connection.recv(4096)
+                    answer(connection)
+                except OSError:
+                    pass
+
+        def accept() -> None:
+            threads = []
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    break
+                threads.append(threading.Thread(target=serve, args=(connection,)))
+                threads[-1].start()
+            for thread in threads:
+                thread.join()
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\n\r\n", State.ALIVE),
+        (f"HTTP/1.1 204 No Content\r\n{WAITS_HEADER.lower()}: yes\r\n\r\n".encode(), State.WAITS),
+        (b"HTTP/1.1 500 No\r\n\r\n", State.DEAD),
+        (b"HTTP/1.1 204 No Content\r\n", State.DEAD),
+        (b"HTTP/1.1 204 No Content\r\n" + b"X: y\r\n" * 4096 + b"\r\n", State.DEAD),
+        (b"\r\n\r\n", State.DEAD),
+        (b"", State.DEAD),
+    ],
+)
+def test_an_agent_is_alive_if_it_answers_so(answer: bytes, state: State) -> None:
+    with answering(lambda connection: connection.sendall(answer)) as address:
+        assert look(address, f"sha256:{HEX}", 5) is state
+
+
+def test_where_nothing_listens_no_agent_is_alive() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        assert look(f"127.0.0.1:{probe.getsockname()[1]}") is State.DEAD
+
+
+def test_an_agent_that_drips_its_answer_does_not_hold_the_probe() -> None:
+    over = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 204 No Content\r\nX: ")
+        while not over.wait(0.05):
+            connection.sendall(b"x")
+
+    with answering(drip) as address:
+        found: list[State] = []
+        thread = threading.Thread(target=lambda: found.append(look(address)))
+        thread.start()
+        thread.join(60)
+        ended = list(found)
+        over.set()
+        thread.join()
+    assert ended == [State.DEAD], "the probe waits for the end of the answer"
+
+
+def test_askers_behind_a_silent_registry_do_not_wait_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rights, "_ASK_S", 0.2)
+    asked, answer = threading.Semaphore(0), threading.Event()
+
+    def blob_size(repository: Repository, digest: str, call: Call) -> int:
+        asked.release()
+        answer.wait(120)  # longer than its call's deadline
+        return 5
+
+    client: Any = SimpleNamespace(blob_size=blob_size)
+    asking = Rights(client, client, client)
+    errors: list[RegistryError] = []
+
+    def ask() -> None:
+        try:
+            asking.of(REPOSITORY, f"sha256:{HEX}")
+        except RegistryError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(20)]
+    threads[0].start()
+    assert asked.acquire(timeout=60)
+    for thread in threads[1:]:
+        thread.start()
+    end = time.monotonic() + 60
+    try:
+        for thread in threads[1:]:
+            thread.join(max(0.0, end - time.monotonic()))
+        assert len(errors) == 19
+        assert all(error.temporary and error.timed_out for error in errors)
+        assert not asked.acquire(blocking=False), "two asked at once"
+    finally:
+        answer.set()
+        for thread in threads:
+            thread.join()
+    # The answer that came late counts for the next ones.
+    assert asking.of(REPOSITORY, f"sha256:{HEX}") == rights.Known(5, public=True)
+    assert len(errors) == 19
+
+
+class _Units:
+    """The part of CachedUnits that a shared blob uses: nothing is there, and ``store`` waits."""
+
+    def __init__(self) -> None:
+        self.files = SimpleNamespace(unit=4, units=1, present=lambda first, stop: [False], close=self._close)
+        self.storing, self.go_on, self.closed = threading.Event(), threading.Event(), False
+
+    def _close(self) -> None:
+        self.closed = True
+
+    def load(self, first: int, stop: int) -> bytes:
+        return b""
+
+    def reattach(self) -> None:
+        pass
+
+    def store(self, first: int, data: bytes) -> bool:
+        self.storing.set()
+        self.go_on.wait(60)
+        assert not self.closed, "stored into files that are closed"
+        return True
+
+
+def shared_blob(units: Any, pool: ThreadPoolExecutor) -> SharedBlob:
+    fetcher: Any = SimpleNamespace(fetch=lambda wanted, transfer, hops: transfer.add(b"data"))
+    wanted = Wanted(Asked(REPOSITORY, f"sha256:{HEX}"), 4, None, whole=False, peers=False)
+    return SharedBlob(wanted, units, None, fetcher, pool, Recent(1 << 20), Tallies())
+
+
+def test_a_blob_is_not_closed_before_its_last_transfer_is_stored() -> None:
+    units = _Units()
+    with ThreadPoolExecutor(1) as pool:
+        blob = shared_blob(units, pool)
+        assert blob.hold()
+        assert b"".join(piece for piece, _ in blob.read(0, 4, (), 60.0)) == b"data"
+        blob.release()
+        assert units.storing.wait(60)
+        assert not blob.close_unused(), "closed while a transfer is being stored"
+        units.go_on.set()
+    assert blob.close_unused()
+    assert units.closed
+
+
+def test_a_transfer_that_cannot_begin_holds_no_blob_open() -> None:
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    blob = shared_blob(_Units(), pool)
+    assert blob.hold()
+    with pytest.raises(SourceError, match="ending"):
+        list(blob.read(0, 4, (), 60.0))
+    blob.release()
+    assert blob.close_unused()

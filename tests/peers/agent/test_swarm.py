@@ -384,3 +384,17 @@ def test_an_agent_that_died_leaves_the_managers_tree(registry: FaultyRegistry, t
         before = swarm.metric("a3", 'received_bytes_total{source="peer"}')
         check(swarm, image, {"a3": swarm.read("a3", image, 500_000, 600_000)}, 500_000, 600_000)
         assert swarm.metric("a3", 'received_bytes_total{source="peer"}') > before
+
+
+def test_a_request_cannot_name_another_blobs_tree_as_its_own(registry: FaultyRegistry, tmp_path: Path) -> None:
+    one, other = make_image(registry, SIZE, 1), make_image(registry, 1_000_000, 2)
+    with running_swarm(registry, tmp_path, 1, keyed=False) as swarm:
+        file = other.tree.reference.file
+        wrong = {TREE_HEADER: f"{one.tree.reference.root},{file}"}
+        assert swarm.read("a0", one, 0, 1000, wrong).status == 400
+        # The other blob, and the file of its tree, are served as if nothing had been.
+        whole = swarm.get("a0", swarm.url(file))
+        assert (whole.status, whole.data) == (200, other.tree.file)
+        read = swarm.read("a0", other, 0, 1_000_000)
+        assert read.status == 206
+        check(swarm, other, {"a0": read}, 0, 1_000_000)
