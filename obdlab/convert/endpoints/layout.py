@@ -218,7 +218,7 @@ class ImageLayout:
         try:
             is_locked = lock_until(descriptor, time.monotonic() + _LOCK_WAIT_S)
         except OSError as error:
-            if error.errno in _NO_LOCKS:  # the file system has none: only one process at a time may write
+            if error.errno in _NO_LOCKS:  # the file system lacks locks: only one process at a time may write
                 return
             raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
         if not is_locked:
