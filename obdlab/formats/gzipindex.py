@@ -35,6 +35,8 @@ WINDOW = 32 << 10
 #: Bytes of content between entries, as the original chooses them.
 SPAN = 1 << 20
 MIN_SPAN = 64 << 10
+#: Entries of 2 TiB of content. A reader has the whole table in memory, 29 bytes for each, and as much for its checks.
+MAX_ENTRIES = 2 << 20
 #: Versions of the format: of files with one gzip member, and with several.
 ONE_MEMBER, SEVERAL_MEMBERS = 1, 2
 
@@ -96,11 +98,17 @@ class IndexHeader:
             if value not in wanted:
                 text = " or ".join(map(str, wanted))
                 raise FormatError(f"gzip index: {what} is not as it must be", blob=blob, got=value, wanted=text)
-        most = (index_start - HEADER_SIZE) // _SHORTEST_WINDOW
+        most = min((index_start - HEADER_SIZE) // _SHORTEST_WINDOW, MAX_ENTRIES)
         if not 1 <= entries <= most:
             raise FormatError(
                 "gzip index: impossible number of entries", blob=blob, got=entries, wanted=f"1 to {most}"
             )
+        # Bytes that do not compress grow a little: by 5 for each 16 KiB, and a stream's ends.
+        longest = entries * ENTRY.itemsize
+        longest += longest // 1000 + 64
+        if index_length > longest:
+            what = "gzip index: the table is longer than its entries"
+            raise FormatError(what, blob=blob, offset=index_start, got=index_length, wanted=f"at most {longest}")
         if not 0 <= uncompressed_size <= compressed_size * MAX_RATE:
             what = f"gzip index: {compressed_size} bytes of gzip cannot hold the uncompressed size"
             raise FormatError(what, blob=blob, got=uncompressed_size)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import zlib
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from obdlab.errors import FormatError, SourceError
@@ -20,7 +23,6 @@ from obdlab.image.config import LowerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from obdlab.formats.oci import Descriptor
 
@@ -30,7 +32,11 @@ _METAS = {name: [meta_name(name, compression) for compression in ("", "zstd")] f
 _NAMES = (*(file for files in _METAS.values() for file in files), *INDEXES.values(), TARGET_FILE, SUMS_FILE)
 # The metadata of a layer of 100 GB: an index of 100,000 windows of 32 KiB, and as much for the file system.
 _MOST_UNPACKED = 8 << 30
+# A blob has a few. Empty ones compress to less than a byte each, and each takes processor time.
+_MOST_MEMBERS = 1000
 _COPY = 1 << 20
+# Compressed bytes in one read: each piece of content copies the rest of them.
+_PIECE = 64 << 10
 
 
 class Readable(Protocol):
@@ -41,26 +47,42 @@ class Readable(Protocol):
 
 
 def unpack(stream: Readable, place: Path, *, blob: str) -> None:
-    """Write the known files of the blob read from ``stream`` into the new directory ``place``.
+    """Write the known files of the blob read from ``stream`` into the new directory ``place``, whole or not at all.
 
-    Other members are ignored, the marker among them. Raises FormatError naming ``blob`` if it is no such blob or too
-    large, SourceError if a file cannot be written; errors of the stream pass through. Then there is no new directory.
+    Does nothing more if another thread or process has unpacked the blob there meanwhile. A killed process leaves a
+    directory ``.unpacking-*`` beside ``place``, which goes with the parent. Other members are ignored, the marker
+    among them. Raises FormatError naming ``blob`` if it is no such blob or too large, SourceError if a file cannot be
+    written; errors of the stream pass through. Then there is no new directory.
     """
+    import tempfile
+
     try:
-        place.mkdir(parents=True)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=".unpacking-", dir=place.parent, ignore_cleanup_errors=True
+        ) as temporary:
+            files = Path(temporary, "files")  # of its own, so that it has the usual mode
+            files.mkdir()
+            _unpack(stream, files, blob)
+            while stream.read(_COPY):  # to the end, where the digest is checked
+                pass
+            _put(files, place)
     except OSError as error:
         raise _failed(error, place) from error
-    try:
-        _unpack(stream, place, blob)
-        while stream.read(_COPY):  # to the end, where the digest is checked
-            pass
-    except BaseException as error:
-        import shutil
 
-        shutil.rmtree(place, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise _failed(error, place) from error
-        raise
+
+# The files were synced when they were written.
+def _put(files: Path, place: Path) -> None:
+    descriptor = os.open(files, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    try:
+        files.rename(place)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):  # there by now, with the same files
+            raise
 
 
 def _failed(error: OSError, place: Path) -> SourceError:
@@ -69,7 +91,12 @@ def _failed(error: OSError, place: Path) -> SourceError:
 
 def _unpack(stream: Readable, place: Path, blob: str) -> None:
     content = _Gunzipped(stream, blob)
+    members = 0
     while (member := parse_member(content.exactly(BLOCK), blob=blob, offset=content.position)) is not None:
+        members += 1
+        if members > _MOST_MEMBERS:
+            what = "blob of a turboOCI layer has too many members"
+            raise FormatError(what, blob=blob, wanted=f"at most {_MOST_MEMBERS}")
         name = member.name.decode(errors="replace")
         if content.position + member.size > _MOST_UNPACKED:
             raise FormatError("blob of a turboOCI layer is too large", blob=blob, wanted=f"at most {_MOST_UNPACKED}")
@@ -80,6 +107,9 @@ def _unpack(stream: Readable, place: Path, blob: str) -> None:
                     data = content.exactly(min(_COPY, member.size - at))
                     if file is not None:
                         file.write(data)
+                if file is not None:
+                    file.flush()
+                    os.fsync(file.fileno())
         except FileExistsError as error:
             raise FormatError("blob of a turboOCI layer has a file twice", blob=blob, got=name) from error
         content.exactly(-member.size % BLOCK)
@@ -99,7 +129,7 @@ class _Gunzipped:
         while left:
             if self._member.eof:
                 raise FormatError("blob of a turboOCI layer ends early", blob=self._blob, offset=self.position)
-            data = self._member.unconsumed_tail or self._stream.read(_COPY)
+            data = self._member.unconsumed_tail or self._stream.read(_PIECE)
             if not data:
                 raise FormatError("gzip data ends early", blob=self._blob, offset=self.position)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 from dataclasses import replace
 
@@ -147,6 +148,15 @@ def test_a_table_of_another_length_is_refused() -> None:
             parse_table(pack(rows.tobytes()), HEADER)
         with pytest.raises(FormatError, match=f"got {count * 29}, wanted 116"):
             parse_table(rows.tobytes(), replace(HEADER, windows_compressed=False))
+
+
+@pytest.mark.parametrize("entries", [1, 5, 1000, 30_000])
+def test_a_table_that_does_not_compress_is_not_too_long(entries: int) -> None:
+    table = pack(random.Random(entries).randbytes(29 * entries))
+    assert len(table) > 29 * entries
+    start = HEADER_SIZE + 32 * entries
+    header = IndexHeader(1, entries, 1000, 1000, start + len(table), start)
+    assert IndexHeader.from_bytes(header.to_bytes(), index_size=header.index_size) == header
 
 
 def test_a_table_that_unpacks_to_gigabytes_takes_no_memory() -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import gzip
 import io
+import os
+import random
+import signal
 import tarfile
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -80,11 +86,75 @@ def test_a_place_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(SourceError, match="cannot unpack"):
         unpack(io.BytesIO(WHOLE), tmp_path / "file" / "a", blob="blob")
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "mine").touch()
-    with pytest.raises(SourceError, match="File exists"):
+    (tmp_path / "there").touch()
+    with pytest.raises(SourceError, match="cannot unpack"):
         unpack(io.BytesIO(WHOLE), tmp_path / "there", blob="blob")
-    assert (tmp_path / "there" / "mine").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "there"]
+
+
+# It does not compress, so that unpacking it takes several reads.
+LONG = [("ext4.fs.meta", b"e" * 5000), ("gzip.meta", random.Random(4).randbytes(300_000))]
+
+
+class Stream(io.BytesIO):
+    """A blob that does something before its second read, and after its last."""
+
+    def __init__(self, data: bytes, *, second: Callable[[], object] = int, last: Callable[[], object] = int) -> None:
+        super().__init__(data)
+        self.reads = 0
+        self.second, self.last = second, last
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads == 2:
+            self.second()
+        data = super().read(size)
+        if not data:
+            self.last()
+        return data
+
+
+def test_a_killed_process_leaves_no_place(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            killed = Stream(blob(LONG), second=lambda: os.kill(os.getpid(), signal.SIGKILL))
+            unpack(killed, tmp_path / "a", blob="blob")
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert not (tmp_path / "a").exists()
+    unpack(io.BytesIO(blob(LONG)), tmp_path / "a", blob="blob")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == dict(LONG)
+
+
+def test_two_threads_with_the_same_blob_both_find_it_whole(tmp_path: Path) -> None:
+    meeting = threading.Barrier(2)
+
+    def unpacked() -> dict[str, bytes]:
+        unpack(Stream(blob(LONG), last=lambda: meeting.wait(60)), tmp_path / "a", blob="blob")
+        return {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+
+    with ThreadPoolExecutor(2) as threads:
+        for done in [threads.submit(unpacked) for _ in range(2)]:
+            assert done.result(60) == dict(LONG)
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o777 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
+
+
+def test_many_empty_members_are_refused(tmp_path: Path) -> None:
+    header = gzip.decompress(blob([("ignored", b"")]))[:512]
+    stream = io.BytesIO(gzip.compress(header * 100_000, 1))
+    with pytest.raises(FormatError, match=r"has too many members \(wanted at most 1000\)$"):
+        unpack(stream, tmp_path / "a", blob="blob")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_file_system_that_all_have(tmp_path: Path) -> None:

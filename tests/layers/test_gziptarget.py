@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -161,6 +162,31 @@ def test_an_index_of_another_layer_with_the_same_header_never_gives_a_byte() -> 
         with pytest.raises(CorruptBlobError, match=r"layer.tar.gz"):
             blob.read_at(int(table["content"][number]), 1)
     assert blob.decoded_spans == 0
+
+
+@pytest.mark.parametrize(
+    ("entries", "table", "what"),
+    [
+        (1, 1 << 30, r"the table is longer than its entries at offset 365 \(got 1073741824, wanted at most 93\)"),
+        (1, 94, "the table is longer than its entries"),
+        (60_000_000, 60_000_000 * 29, r"impossible number of entries \(got 60000000, wanted 1 to 2097152\)"),
+    ],
+)
+def test_too_large_a_table_is_refused_before_it_is_read(tmp_path: Path, entries: int, table: int, what: str) -> None:
+    start = HEADER_SIZE + 32 * entries
+    header = IndexHeader(1, entries, len(GZ), len(TAR), start + table, start)
+    (tmp_path / "index").write_bytes(header.to_bytes())
+    os.truncate(tmp_path / "index", header.index_size)
+    reads = []
+
+    class Watched(Wrapper):
+        def read_at(self, offset: int, length: int, call: Call | None = None) -> bytes:
+            reads.append((offset, length))
+            return super().read_at(offset, length, call)
+
+    with LocalFile(tmp_path / "index") as file, pytest.raises(FormatError, match=what):
+        GzipTarget(MemoryBlob(GZ), Watched(file))
+    assert reads == [(0, HEADER_SIZE)]
 
 
 def test_a_second_member_is_not_read_as_zeros() -> None:
