@@ -140,7 +140,8 @@ class Blob(Closing):
     def evict(self, offset: int, length: int) -> None:
         """Forget any cached copy of the range, so that the next read goes to the origin of the bytes.
 
-        Called by a reader whose checksum failed, before it tries once more.
+        Called by a reader whose checksum failed, before it tries once more. A cache that has compared all of the
+        bytes with their digest keeps them.
         """
         if self.below is not None:
             begin, end = self.map_range(offset, offset + length)

@@ -134,6 +134,10 @@ class CachedBlob(Blob):
             return
         first, stop = offset // self._unit, (offset + length - 1) // self._unit + 1
         self._fetches.settle(first, stop)
+        # Units of a verified blob are right: an image that takes it for a file of another kind must not drop them for
+        # other images. A mark in another user's files proves nothing.
+        if self.verified and not self._files.read_only:
+            return
         self._units.drop(first, stop)
         self.counters.evicted_units += stop - first
         self.below.evict(offset, length)

@@ -19,6 +19,10 @@ SEGMENT, BLOCK = 64, 8
 MOST_SEGMENTS = TABLES // SEGMENT
 
 
+class TablesTooLargeError(FormatError, code="tables-too-large"):
+    """The tables of an image's layers take too much memory together. Each of its blobs may be as it must be."""
+
+
 class Budget:
     """The memory left for the layers of one image. Thread-safe."""
 
@@ -32,11 +36,11 @@ class Budget:
         return Share(self)
 
     def move(self, before: int, after: int, blob: str) -> None:
-        """Resize a part from ``before`` to ``after`` bytes. Raises FormatError naming ``blob`` if too large."""
+        """Resize a part from ``before`` to ``after`` bytes. Raises TablesTooLargeError naming ``blob``."""
         with self._lock:
             taken = self._taken - before + after
             if taken > self._limit:
-                raise FormatError(
+                raise TablesTooLargeError(
                     "tables of an image's layers take too much memory",
                     blob=blob,
                     got=f"{taken} bytes with this one",
@@ -53,11 +57,11 @@ class Share:
         self._segments = self._blocks = 0
 
     def take_segments(self, count: int, blob: str) -> None:
-        """Take memory for the segments, before the index is read. Raises FormatError if too little is left."""
+        """Take memory for the segments, before the index is read. Raises TablesTooLargeError."""
         self._budget.move(self._segments * SEGMENT, count * SEGMENT, blob)
         self._segments = count
 
     def take_blocks(self, count: int, blob: str) -> None:
-        """Take memory for the file's blocks, before its table is read. Raises FormatError if too little is left."""
+        """Take memory for the file's blocks, before its table is read. Raises TablesTooLargeError."""
         self._budget.move(self._blocks * BLOCK, count * BLOCK, blob)
         self._blocks = count

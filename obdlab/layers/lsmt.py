@@ -23,6 +23,7 @@ from obdlab.formats.lsmt.layout import (
     is_lsmt,
 )
 from obdlab.formats.zfile.layout import is_zfile
+from obdlab.layers.budget import TablesTooLargeError
 from obdlab.layers.tarwrap import open_tarwrap
 from obdlab.layers.zfile import open_zfile
 
@@ -194,6 +195,9 @@ def open_layer(
     share = budget.share() if budget is not None else None
     try:
         return _open_layer(blob, watched, share, around, kind)
+    except TablesTooLargeError:
+        # The image lists too much. Its blobs may be those of other images, which lose nothing by it.
+        raise
     except FormatError:
         # Only headers identify a layer. If a cache below kept a wrong answer of its source, every opening would fail.
         # Read again without the cache, the source may give the right bytes.

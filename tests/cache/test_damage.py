@@ -194,6 +194,33 @@ def test_evict_asks_again_and_passes_on(tmp_path: Path) -> None:
         assert blob.statistics()["evicted_units"] == 1
 
 
+def test_evict_takes_nothing_of_a_verified_blob(tmp_path: Path) -> None:
+    origin = Origin()
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, len(DATA)) == DATA
+        assert blob.verify()
+        blob.evict(0, len(DATA))
+        assert blob.verified
+        assert blob.statistics()["evicted_units"] == 0
+        assert origin.evicted == []
+        assert blob.missing_bytes() == 0
+
+
+@pytest.mark.parametrize("how", ["lost", "of another user"])
+def test_evict_does_not_take_any_mark_for_a_proof(tmp_path: Path, how: str) -> None:
+    origin = Origin()
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, len(DATA)) == DATA
+        assert blob.verify()
+        if how == "lost":
+            blob._units.drop(7, 8)
+        else:
+            blob._files.read_only = True
+        blob.evict(0, UNIT)
+        assert origin.evicted == [(0, UNIT)]
+        assert blob.missing_piece(0) == (0, 1)
+
+
 def test_evict_replaces_bytes_that_came_wrong(tmp_path: Path) -> None:
     wrong = Origin(bytes(len(DATA)))
     with open_cached(tmp_path, wrong) as blob, open_cached(tmp_path, Origin()) as other:

@@ -188,7 +188,7 @@ def test_what_the_cache_lost_is_completed_again(
         image.complete()  # nothing to do
         blob = find(image.layers[0].data, CachedBlob)
         assert blob is not None
-        blob.evict(0, 1)
+        blob._units.drop(0, 1)
         assert image.unverified() == 1
         image.complete()
         wait_until(lambda: verified(default))
@@ -206,11 +206,12 @@ def test_a_layer_that_loses_a_part_while_it_is_unpacked_is_not_kept(
         wait_until(lambda: not image.unverified())
         blob = find(image.layers[0].data, CachedBlob)
         assert blob is not None
-        lost = []
+        lost: list[int] = []
 
         def lose(offset: int, _: int) -> None:
             if offset >= 4 * MIB and not lost:
-                lost.append(blob.evict(8 * MIB, 1))
+                lost.append(8 * MIB // blob.unit)
+                blob._units.drop(lost[0], lost[0] + 1)
 
         with pytest.raises(FlattenError, match="did not stay in the cache"):
             flatten(image, files, lose)

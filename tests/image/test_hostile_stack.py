@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from obdlab.blob import MemoryBlob
+from obdlab.cache.blockcache import BlockCache
+from obdlab.cache.cachedblob import CachedBlob
 from obdlab.call import Call
 from obdlab.errors import FormatError
 from obdlab.formats.lsmt.layout import MAX_SEALED_RECORDS, Flags, Header, Segments, Trailer, encode_segments
@@ -19,7 +22,7 @@ from obdlab.image.config import ImageConfig, LowerConfig
 from obdlab.image.open import ImageOpenError, open_image, open_stack
 from obdlab.layerfiles.writing import Packing, write_layer
 from obdlab.layers.append import AppendUpper
-from obdlab.layers.budget import BLOCK, MOST_SEGMENTS, TABLES, Budget
+from obdlab.layers.budget import BLOCK, MOST_SEGMENTS, TABLES, Budget, TablesTooLargeError
 from obdlab.layers.lsmt import open_layer
 from obdlab.layers.stack import Stack
 from obdlab.settings.settings import Settings
@@ -142,6 +145,39 @@ def test_the_budget_of_an_image_is_shared_by_its_layers() -> None:
         open_layer(MemoryBlob(blob), budget=budget)
     with pytest.raises(FormatError, match="too much memory"):
         open_layer(MemoryBlob(blobs[3]), budget=budget)
+
+
+@pytest.mark.parametrize("zfile", [False, True])
+def test_a_blob_over_the_budget_stays_in_the_cache(zfile: bool) -> None:
+    evicted: list[tuple[int, int]] = []
+
+    class Cached(MemoryBlob):
+        def evict(self, offset: int, length: int) -> None:
+            evicted.append((offset, length))
+
+    layer = many_segments(0, 1000)
+    blob = Cached(compress(layer, block_size=4096) if zfile else layer)
+    with pytest.raises(TablesTooLargeError, match="too much memory"):
+        open_layer(blob, budget=Budget(8))
+    assert not evicted
+
+
+def test_a_layer_of_another_kind_stays_in_the_cache_if_it_is_verified(
+    registry: FaultyRegistry, tmp_path: Path
+) -> None:
+    data = random.Random(3).randbytes(MiB)
+    digest, repository = registry.add_blob(data), registry.repository()
+    cache = BlockCache(tmp_path / "cache", registry=repository.cache_name, unit=16 << 10)
+    config = ImageConfig(repository.blobs_url, (LowerConfig(digest=digest, size=len(data)),))
+    with cache.open(MemoryBlob(data, "another image's"), digest) as blob:
+        assert isinstance(blob, CachedBlob)
+        assert blob.read_at(0, MiB) == data
+        assert blob.verify()
+        with pytest.raises(ImageOpenError, match="neither a ZFile nor an LSMT layer"):
+            open_image(config, Settings(cache_dir=tmp_path / "cache"))
+        assert blob.verified
+        assert blob.missing_bytes() == 0
+    assert not registry.blob_requests()
 
 
 def test_a_layer_that_is_opened_again_takes_its_share_once() -> None:

@@ -206,10 +206,10 @@ def test_damage_on_disk_is_healed_before_it_is_verified(tmp_path: Path) -> None:
         assert verified(tmp_path) == [True]
 
 
-def test_evicted_after_it_was_verified(tmp_path: Path) -> None:
+def test_a_unit_lost_after_the_blob_was_verified(tmp_path: Path) -> None:
     with open_cached(tmp_path, origin()) as blob:
         assert download(blob).wait(60)
-        blob.evict(0, 10)
+        blob._units.drop(0, 1)
         assert verified(tmp_path) == [False]
         assert blob.read_at(0, len(DATA)) == DATA
 
