@@ -125,22 +125,25 @@ class CachedBlob(Blob):
             return self._gather(offset, length, call, data[:_GUESS].strip(b"\0") != b"")
         self.counters.hits += 1
         if self._attend.find(1, first >> shift, (last >> shift) + 1) >= 0 or monotonic() >= self._units.tick_at:
-            self._tell(first >> shift, (last >> shift) + 1)
+            self._tell_held(first >> shift, (last >> shift) + 1)
         return data[offset - start : end - start]
 
     def evict(self, offset: int, length: int) -> None:
         check_range(self, offset, length)
-        if length == 0:
+        if length == 0 or not self._holders.hold():
             return
-        first, stop = offset // self._unit, (offset + length - 1) // self._unit + 1
-        self._fetches.settle(first, stop)
-        # Units of a verified blob are right: an image that takes it for a file of another kind must not drop them for
-        # other images. A mark in another user's files proves nothing.
-        if self.verified and not self._files.read_only:
-            return
-        self._units.drop(first, stop)
-        self.counters.evicted_units += stop - first
-        self.below.evict(offset, length)
+        try:
+            first, stop = offset // self._unit, (offset + length - 1) // self._unit + 1
+            self._fetches.settle(first, stop)
+            # Units of a verified blob are right: an image that takes it for a file of another kind must not drop them
+            # for other images. A mark in another user's files proves nothing.
+            if self.verified and not self._files.read_only:
+                return
+            self._units.drop(first, stop)
+            self.counters.evicted_units += stop - first
+            self.below.evict(offset, length)
+        finally:
+            self._holders.let_go()
 
     def opened(self, deadline_s: float, *, extents: bool = True) -> None:
         """Make misses fetch whole ``extents`` from now on, and reads end within ``deadline_s``; :attr:`terms` end.
@@ -300,6 +303,14 @@ class CachedBlob(Blob):
                 return False
             page = end + 1
         return True
+
+    # A hit reads without a hold: read from another file, the bytes would not match their sums. Writing needs one.
+    def _tell_held(self, first: int, stop: int) -> None:
+        if self._holders.hold():
+            try:
+                self._tell(first, stop)
+            finally:
+                self._holders.let_go()
 
     def _tell(self, first: int, stop: int) -> None:
         # Cleared first, so that a mark set meanwhile is not lost.

@@ -430,7 +430,10 @@ class Fetches:
                 self._units.attend[first] = 1  # note_use must see the reader arrive there
                 unit = first
                 while unit < stop and not self._holders.closed:
-                    flight = self._claim_next(unit, stop)
+                    try:
+                        flight = self._claim_next(unit, stop)
+                    except SourceError:  # closed meanwhile: the flights claimed so far still have to end
+                        break
                     if flight is None:
                         break
                     flights.append(flight)

@@ -403,8 +403,10 @@ class CacheFiles:
     def close(self) -> None:
         """Close both files. Not while another thread uses the object."""
         self.attached = False
-        close_all((self.fd, self._sums_fd))
+        # The numbers first: a late caller must not use one that is another file's by then.
+        pair = self.fd, self._sums_fd
         self.fd = self._sums_fd = -1
+        close_all(pair)
 
     def _presence(self) -> npt.NDArray[np.bool_]:
         sums = np.frombuffer(self.sums(0, self.units), np.uint32)

@@ -301,6 +301,73 @@ def test_prefetch_asks_for_each_piece_once_and_counts_what_is_under_way(tmp_path
         assert blob.counters.prefetch_bytes == sum(length for _, length in origin.reads)
 
 
+# -- closing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["hit", "evict"])
+def test_a_file_that_gets_the_number_of_a_closed_one_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    origin = Origin()
+    blob = open_cached(tmp_path / "cache", origin)
+    blob.read_at(0, 2 * UNIT)
+    others: list[int] = []
+
+    @once
+    def close_and_open_others() -> None:  # as other threads would, between looking up the number and using it
+        blob.close()
+        others.extend(os.open(tmp_path / f"{number}", os.O_RDWR | os.O_CREAT) for number in range(4))
+
+    pwrite = os.pwrite
+
+    def late(fd: int, data: bytes, offset: int) -> int:
+        close_and_open_others()
+        return pwrite(fd, data, offset)
+
+    blob._units.tick_at = 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", late)
+        if how == "hit":
+            assert blob.read_at(0, UNIT) == DATA[:UNIT]
+        else:
+            blob.evict(0, UNIT)
+    assert len(others) == 4
+    assert [os.fstat(fd).st_size for fd in others] == [0] * 4
+    assert origin.closed == 1
+    for fd in others:
+        os.close(fd)
+
+
+def test_a_closed_blob_evicts_nothing(tmp_path: Path) -> None:
+    origin = Origin()
+    blob = open_cached(tmp_path, origin)
+    blob.read_at(0, UNIT)
+    blob.close()
+    blob.evict(0, UNIT)
+    assert origin.evicted == []
+    with open_cached(tmp_path, origin) as blob:
+        assert blob.read_at(0, UNIT) == DATA[:UNIT]
+    assert len(origin.reads) == 1
+
+
+def test_closing_while_pieces_are_claimed_ahead_leaves_no_flight(tmp_path: Path) -> None:
+    origin = Origin()
+    blob = open_cached(tmp_path, origin)
+    hold = blob._holders.hold
+    held: list[bool] = []
+
+    def hold_late() -> bool:
+        if held:  # after _fetch_ahead() has looked if it is closed
+            blob.close()
+        held.append(hold())
+        return held[-1]
+
+    blob._holders.hold = hold_late  # type: ignore[method-assign]
+    blob._fetches._fetch_ahead([(0, 1), (2, 3), (4, 5)])
+    assert held == [True, False]
+    wait_until(lambda: not blob._fetches._flights and origin.closed == 1)
+
+
 # -- the ledger ------------------------------------------------------------------------------------------------------
 
 _CALLS = ("pwrite", "posix_fallocate", "ftruncate", "rename", "unlink", "mkdir", "rmdir")
