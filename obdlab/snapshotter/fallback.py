@@ -15,6 +15,8 @@ import json
 import logging
 import os
 import sys
+import time
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +26,12 @@ from obdlab.errors import ObdlabError, caused_by
 from obdlab.registry.errors import RangesIgnoredError
 from obdlab.settings.settings import DAEMON_KIND
 from obdlab.system import programs
+from obdlab.system.locks import lock_until
 from obdlab.system.processes import end_with_parent
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
@@ -133,15 +138,31 @@ def _fetch(config: ImageConfig, settings: Settings) -> None:
     repository = Repository.from_blob_url(config.repo_blob_url)
     with closing(open_client(settings)) as client:
         for lower in stacked_lowers(config):
-            if lower.local_file() is None:
-                _fetch_one(client, repository, lower)
+            if lower.local_file() is not None:
+                continue
+            if not lower.digest or not lower.dir:
+                name = lower.digest or lower.dir or "unnamed"
+                raise FallbackError(f"layer {name}: nowhere to be fetched from or to")
+            with _alone_in(lower.dir):
+                if lower.local_file() is None:  # another process may have fetched it meanwhile
+                    _fetch_one(client, repository, lower)
+
+
+# Several images may have the layer. Two processes that write to one unfinished file would leave holes in it.
+@contextmanager
+def _alone_in(directory: str) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if not lock_until(descriptor, time.monotonic() + _TIMEOUT_S):
+            raise FallbackError(f"{directory}: another process still fetches this layer")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _fetch_one(client: RegistryClient, repository: Repository, lower: LowerConfig) -> None:
     from obdlab.image.config import COMMIT_FILE
 
-    if not lower.digest or not lower.dir:
-        raise FallbackError(f"layer {lower.digest or lower.dir or 'unnamed'}: nowhere to be fetched from or to")
     target = Path(lower.dir) / COMMIT_FILE
     unfinished = target.with_name(f".{COMMIT_FILE}.new")
     try:

@@ -66,7 +66,11 @@ class StartRecordings:
                 start.path.unlink(missing_ok=True)  # the next attempt is the first start
             raise
         if start is not None:
-            threading.Thread(target=self._finish, args=(start,), name="record-start", daemon=True).start()
+            thread = threading.Thread(target=self._finish, args=(start,), name="record-start", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:  # the process has as many threads as it may have
+                logger.warning("%s: the trace of its start is not published: %s", start.reference, error)
 
     def close(self) -> None:
         """Record no longer: traces that are not complete are not published."""

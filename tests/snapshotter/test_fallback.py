@@ -8,8 +8,10 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,15 +20,16 @@ from obdlab.cli.main import main
 from obdlab.devices.fuse_loop import FuseLoop
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.formats import oci
-from obdlab.image.config import ImageConfig, LowerConfig
+from obdlab.image.config import ImageConfig, LowerConfig, UpperConfig
+from obdlab.layers.append import AppendUpper
 from obdlab.observe.counters import counted
-from obdlab.snapshotter import fallback
+from obdlab.snapshotter import fallback, writable
 from obdlab.snapshotter.errors import AlreadyExistsError, FailedPreconditionError
 from obdlab.snapshotter.fallback import LABEL_FALLBACK
 from obdlab.snapshotter.mounts import Mount
 from obdlab.snapshotter.tracing import LABEL_RECORD, LABEL_RECORD_PATH
 from obdlab.snapshotter.writable import LABEL_WRITABLE
-from tests.registry.faulty import Answer, faulty_registry, silence
+from tests.registry.faulty import Answer, faulty_registry, silence, status
 from tests.snapshotter.mounting import mounted
 from tests.snapshotter.test_writable import Root, golden, root
 
@@ -152,6 +155,87 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
         with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
             assert (rootfs / "noise").read_bytes() == noise
         assert len(registry.blob_requests()) == asked
+
+
+class Pausing:
+    """Serves whole blobs. The first fetch of one of them pauses in the middle, until the second one has begun."""
+
+    def __init__(self, digest: str, *, cut_off: bool) -> None:
+        self.begun = threading.Event()
+        self.fetches = 0
+        self._digest, self._cut_off = digest, cut_off
+        self._second, self._guard = threading.Event(), threading.Lock()
+
+    def __call__(self, answer: Answer) -> None:
+        handler, size = answer.handler, len(answer.whole)
+        if not handler.path.endswith(self._digest):
+            whole(answer)
+            return
+        if self._cut_off and self._second.is_set():
+            status(404)(answer)
+            return
+        if handler.headers.get("Range"):
+            whole(answer)
+            return
+        with self._guard:
+            self.fetches += 1
+            first = self.fetches == 1
+        handler.start(200, {"Content-Length": str(size)})
+        stop = size // 2 if first else size // 8 if self._cut_off else size
+        handler.wfile.write(answer.whole[:stop])
+        if first:
+            self.begun.set()
+            if self._second.wait(5):
+                time.sleep(1)  # for the second to write what has come
+            handler.wfile.write(answer.whole[stop:])
+        else:
+            self._second.set()
+            handler.close_connection = True
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_two_images_that_fetch_one_layer_do_not_spoil_it(
+    root: Root, tmp_path: Path, large_layer: tuple[bytes, bytes], cut_off: bool
+) -> None:
+    layer, noise = large_layer
+    with faulty_registry() as registry, root.opened() as snapshotter:
+
+        def pull(parent: str, data: bytes) -> str:
+            digest = registry.add_blob(data)
+            name = oci.chain_id_over(parent, digest)
+            labels = {
+                "containerd.io/snapshot.ref": name,
+                "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
+                oci.BLOB_DIGEST: digest,
+                oci.BLOB_SIZE: str(len(data)),
+            }
+            with pytest.raises(AlreadyExistsError):
+                snapshotter.prepare("extract", parent, labels)
+            return name
+
+        base = pull("", layer)
+        images = [pull(base, empty_layer(tmp_path / name)) for name in ("a", "b")]
+        pausing = Pausing(base, cut_off=cut_off)
+        registry.always(pausing)
+        with ThreadPoolExecutor(2) as threads:
+            first = threads.submit(snapshotter.prepare, "one", images[0], {})
+            assert pausing.begun.wait(60)
+            second = threads.submit(snapshotter.prepare, "two", images[1], {})
+            both = first.result(120), second.result(120)
+        for mounts in both:
+            with mounted(mounts, tmp_path / "rootfs") as rootfs:
+                assert (rootfs / "noise").read_bytes() == noise
+        assert (root.home(1) / "fs/overlaybd.commit").read_bytes() == layer
+        assert pausing.fetches == 1
+
+
+def empty_layer(directory: Path) -> bytes:
+    directory.mkdir()
+    upper = UpperConfig(str(directory / "index"), str(directory / "data"))
+    AppendUpper.create(upper.data, upper.index, 16 << 20).close()
+    writable.seal(upper, directory / "layer")
+    return (directory / "layer").read_bytes()
 
 
 @pytest.mark.slow

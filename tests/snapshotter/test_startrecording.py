@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from obdlab.image.from_manifest import TRACE_ARTIFACT, find_trace
 from obdlab.registry.client import RegistryClient
 from obdlab.registry.reference import Reference
 from obdlab.snapshotter.config import ConfigError, SnapshotterConfig
+from obdlab.snapshotter.startrecording import RecordedStart, StartRecordings
 from tests import capabilities
 from tests.containerd_host import ObdlabHost, containerd_with_obdlab
 from tests.registry.server import RegistryServer, registry_server
@@ -104,6 +106,22 @@ def test_a_trace_of_an_image_that_moved_on_is_kept_here(registry_server: Registr
         assert path.stat().st_size
         run(host, image, "two", _READ)
     assert traces(image) == []
+
+
+def test_a_start_goes_on_without_a_thread_to_publish_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    nothing: Any = None
+    recordings = StartRecordings(nothing, 1)
+    start = RecordedStart(tmp_path / "start.trace", Reference.parse("registry.test/a:b"), ())
+    monkeypatch.setattr(recordings, "_prepared", lambda image: start)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with recordings.recording(nothing):
+        pass
+    assert "registry.test/a:b: the trace of its start is not published: can't start new thread" in caplog.text
 
 
 def test_the_configuration_bounds_the_time(tmp_path: Path) -> None:
