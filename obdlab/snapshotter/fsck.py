@@ -239,6 +239,11 @@ class RootCheck:
             return
         if device is None or snapshot.kind is Kind.COMMITTED:
             return
+        sealed = self._layout.fs(snapshot.id) / SEALED_FILE
+        if sealed.exists() and not os.path.exists(device.upper.data):  # the original renames the data to seal it
+            self._lost.add(snapshot.key)
+            yield Finding(f"{name}: {sealed} is the only copy of what it wrote, and stays")
+            return
         for path in (device.upper.data, device.upper.index):
             if not os.path.isfile(path):
                 self._lost.add(snapshot.key)

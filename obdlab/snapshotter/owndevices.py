@@ -101,6 +101,7 @@ class OwnDevices:
             device = WritableDevice.load(self._layout.writable(snapshot.id))
             if device is None:
                 raise NotFoundError(f"snapshot {snapshot.key!r} was removed or committed meanwhile")
+            self._active_config(snapshot.id, device)
             path = self._images.mount(snapshot.id, spec, asked_s, device.mode, make=make)
             # The client mounts the device itself, so detect its file system each time: its user may have changed it.
             fs_type = mount.detect_fs(path)[0] if device.mode is Mode.DEV else spec.fs_type
@@ -119,10 +120,10 @@ class OwnDevices:
                     raise AlreadyExistsError(f"snapshot {name!r} already exists")
             if not self._images.release(own_id):
                 raise FailedPreconditionError(f"snapshot {key!r}: its device is still in use")
+            active = self._active_config(own_id, device)
             sealed = self._layout.fs(own_id) / SEALED_FILE
-            sealed.unlink(missing_ok=True)
+            _drop_seal(sealed, device)
             writable.seal(device.upper, sealed)
-            active = ImageConfig.load(self._layout.config(own_id))
             lowers = active.lowers[:-1] if active.acceleration_layer else active.lowers
             below = (
                 replace(active, lowers=lowers, upper=UpperConfig(), acceleration_layer=False, record_trace_path="")
@@ -142,27 +143,43 @@ class OwnDevices:
     def recover(self) -> None:
         """Finish interrupted commits that are in the store, and undo the others.
 
-        Opening the layer undoes its seal.
+        Opening the layer undoes its seal. A snapshot that cannot be recovered is logged: only its own calls fail.
         """
         with self._store.read() as reader:
             snapshots = [snapshot for snapshot in reader.all() if self._layout.has_device(snapshot.id)]
         for snapshot in snapshots:
             try:
-                device = WritableDevice.load(self._layout.writable(snapshot.id))
-            except FailedPreconditionError as error:  # calls for this snapshot fail with it; the others must go on
-                logger.error("snapshot %r: %s", snapshot.key, error)
-                continue
-            sealed = self._layout.fs(snapshot.id) / SEALED_FILE
-            if device is None:
-                continue
-            if snapshot.kind is Kind.COMMITTED:
-                self._drop_upper(snapshot.id, device)
-            elif sealed.exists():
-                config = ImageConfig.load(self._layout.config(snapshot.id))
-                if not config.upper.active:
-                    lowers = config.lowers[:-1]
-                    replace(config, lowers=lowers, upper=device.upper).save(self._layout.config(snapshot.id))
-                sealed.unlink()
+                self._recover(snapshot)
+            except (ObdlabError, OSError) as error:
+                logger.error("snapshot %r: not recovered: %s", snapshot.key, error)
+
+    def _recover(self, snapshot: Snapshot) -> None:
+        device = WritableDevice.load(self._layout.writable(snapshot.id))
+        sealed = self._layout.fs(snapshot.id) / SEALED_FILE
+        if device is None:
+            return
+        if snapshot.kind is Kind.COMMITTED:
+            self._drop_upper(snapshot.id, device)
+        elif sealed.exists():
+            self._active_config(snapshot.id, device)
+            _drop_seal(sealed, device)
+
+    # Returns the configuration of an active snapshot, made again after a commit that was neither finished nor undone.
+    def _active_config(self, own_id: int, device: WritableDevice) -> ImageConfig:
+        path = self._layout.config(own_id)
+        config = ImageConfig.load(path)
+        if config.upper.active:
+            return config
+        with self._store.read() as reader:
+            snapshot = reader.by_id(own_id)
+        if snapshot.kind is not Kind.ACTIVE:  # its layer is sealed for good
+            kind = snapshot.kind.name.lower()
+            raise FailedPreconditionError(f"snapshot {snapshot.key!r} is not active (got {kind})")
+        own = str(self._layout.fs(own_id))
+        lowers = tuple(lower for lower in config.lowers if lower.dir != own)
+        active = replace(config, lowers=lowers, upper=device.upper)
+        active.save(path)
+        return active
 
     def _fill(
         self,
@@ -213,3 +230,10 @@ class OwnDevices:
     def _drop_upper(self, own_id: int, device: WritableDevice) -> None:
         writable.drop(device.upper)
         self._layout.writable(own_id).unlink()  # last: if interrupted before, the next start repeats all of it
+
+
+# The original renames the data instead of giving it a second name, before the commit is in its store.
+def _drop_seal(sealed: Path, device: WritableDevice) -> None:
+    if sealed.exists() and not Path(device.upper.data).exists():
+        raise FailedPreconditionError(f"{sealed}: the only copy of what the container wrote, it stays")
+    sealed.unlink(missing_ok=True)

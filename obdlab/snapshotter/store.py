@@ -6,6 +6,7 @@ A committed id is never used again: directories and devices are named after ids.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import threading
 import time
@@ -26,6 +27,8 @@ from obdlab.snapshotter.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 _BUSY_TIMEOUT_S = 10.0
@@ -167,9 +170,12 @@ class Writer(Reader):
         self._undo.append(undo)
 
     def undo(self) -> None:
-        """Call the functions registered by :meth:`on_rollback`, last first."""
+        """Call the functions registered by :meth:`on_rollback`, last first; logs those that fail."""
         while self._undo:
-            self._undo.pop()()
+            try:
+                self._undo.pop()()
+            except (ObdlabError, OSError) as error:  # the others are as necessary, and the first error is reported
+                logger.error("a failed change was not undone whole: %s", error)
 
     def create(self, kind: Kind, key: str, parent: str, labels: Mapping[str, str]) -> Snapshot:
         """Add an active snapshot or a view on top of a committed one (or of nothing).

@@ -216,6 +216,20 @@ def test_a_container_without_its_own_layer_is_forgotten(
     snapshotter.close()
 
 
+def test_the_only_copy_of_what_a_container_wrote_stays(
+    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (home / "snapshots/3/block").mkdir()
+    device = WritableDevice(Mode.DIR, UpperConfig(str(tmp_path / "index"), str(tmp_path / "data"), 1))
+    device.save(home / "snapshots/3/block/writable.json")
+    sealed = home / "snapshots/3/fs/overlaybd.sealed"
+    sealed.write_text("written")
+    status, lines = fsck(home, capsys, "--repair")
+    assert status == 1
+    assert f"{sealed} is the only copy of what it wrote" in lines[0]
+    assert sealed.read_text() == "written"
+
+
 def test_names_of_the_originals_converter_are_right(
     home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -46,6 +46,27 @@ def test_a_failed_transaction_changes_nothing(store: Store) -> None:
     assert undone == [2, 1]
 
 
+def test_a_change_that_cannot_be_undone_does_not_keep_the_others(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    undone = []
+
+    def fail(error: Exception) -> None:
+        raise error
+
+    with pytest.raises(ZeroDivisionError), store.write() as writer:  # noqa: PT012 - the order is what is tested
+        writer.on_rollback(lambda: undone.append(1))
+        writer.on_rollback(lambda: fail(OSError("disk full")))
+        writer.on_rollback(lambda: undone.append(2))
+        writer.on_rollback(lambda: fail(StoreError("no room")))
+        raise ZeroDivisionError
+    assert undone == [2, 1]
+    assert [record.getMessage() for record in caplog.records] == [
+        "a failed change was not undone whole: no room",
+        "a failed change was not undone whole: disk full",
+    ]
+
+
 def test_ids_are_never_given_twice(store: Store) -> None:
     seen = []
     for _ in range(3):

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from obdlab.image.config import ImageConfig, UpperConfig
+from obdlab.errors import SourceError
+from obdlab.image.config import ConfigError, ImageConfig, UpperConfig
+from obdlab.layers.seal import SwitchMark
 from obdlab.server.client import DeviceService
 from obdlab.settings.settings import Settings
 from obdlab.snapshotter import writable
@@ -25,7 +27,7 @@ from obdlab.snapshotter.errors import FailedPreconditionError, InvalidArgumentEr
 from obdlab.snapshotter.imagemounts import ImageDevices
 from obdlab.snapshotter.layout import Layout
 from obdlab.snapshotter.overlaybd import ImageOptions
-from obdlab.snapshotter.store import Kind
+from obdlab.snapshotter.store import Kind, StoreError, Writer
 from obdlab.snapshotter.writable import (
     LABEL_ACTIVE_PATH,
     LABEL_COMMIT_PATH,
@@ -355,6 +357,90 @@ def test_a_killed_commit_is_undone_or_finished(root: Root, tmp_path: Path, step:
             snapshotter.commit("layer", "one", {})
         assert not (root.home(1) / "block/writable.json").exists()
         assert not (root.home(1) / "block/writable_data").exists()
+        with mounted(snapshotter.view("look", "layer", {}), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "file").read_text() == "written"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("step", "failing", "error"),
+    [
+        ("configured", (ImageConfig, "save"), ConfigError("disk full")),
+        ("committed", (writable, "drop"), OSError("disk full")),
+        ("dropped", (SwitchMark, "remove"), SourceError("disk full")),
+    ],
+)
+def test_a_commit_that_cannot_be_recovered_keeps_no_other_snapshot(
+    root: Root,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    step: str,
+    failing: tuple[object, str],
+    error: Exception,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise error
+
+    with root.opened() as snapshotter:
+        (made,) = snapshotter.prepare("one", "", DIR | SMALL)
+        with mounted([made], tmp_path / "rootfs") as rootfs:
+            (rootfs / "file").write_text("written")
+    command = [sys.executable, "-c", textwrap.dedent(_DYING_COMMIT), str(tmp_path), step]
+    assert subprocess.run(command, timeout=120, check=False).returncode == 9
+    key = "one" if step == "configured" else "layer"
+    with monkeypatch.context() as patched:
+        patched.setattr(*failing, fail)
+        with root.opened() as snapshotter:
+            assert f"snapshot '{key}': not recovered: disk full" in caplog.text
+            snapshotter.prepare("plain", "", {})
+    with root.opened() as snapshotter:
+        if step == "configured":
+            snapshotter.commit("layer", "one", {})
+        assert not (root.home(1) / "block/writable.json").exists()
+        with mounted(snapshotter.view("look", "layer", {}), tmp_path / "rootfs") as rootfs:
+            assert (rootfs / "file").read_text() == "written"
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("mounts_first", [True, False])
+def test_a_commit_that_could_not_be_undone_is_made_again(
+    root: Root,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    mounts_first: bool,
+) -> None:
+    saved: list[ImageConfig] = []
+    save = ImageConfig.save
+
+    def full(writer: Writer, *arguments: object) -> None:
+        raise StoreError("disk full")
+
+    def save_once(config: ImageConfig, path: Path) -> None:
+        saved.append(config)
+        if len(saved) > 1:
+            raise ConfigError("disk full")
+        save(config, path)
+
+    with root.opened() as snapshotter:
+        (made,) = snapshotter.prepare("one", golden(snapshotter, root), DIR)
+        with mounted([made], tmp_path / "rootfs") as rootfs:
+            (rootfs / "file").write_text("written")
+        with monkeypatch.context() as patched:
+            patched.setattr(Writer, "commit", full)
+            patched.setattr(ImageConfig, "save", save_once)
+            with pytest.raises(StoreError, match="disk full"):
+                snapshotter.commit("layer", "one", {})
+        assert len(saved) == 2
+        assert "a failed change was not undone whole: disk full" in caplog.text
+        assert not (root.home(2) / "fs/overlaybd.sealed").exists()
+        if mounts_first:
+            with mounted(snapshotter.mounts("one"), tmp_path / "rootfs") as rootfs:
+                assert (rootfs / "file").read_text() == "written"
+        snapshotter.commit("layer", "one", {})
+        config = ImageConfig.load(root.home(2) / "block/config.v1.json")
+        assert [lower.dir for lower in config.lowers] == [f"{root.home(1)}/fs", f"{root.home(2)}/fs"]
         with mounted(snapshotter.view("look", "layer", {}), tmp_path / "rootfs") as rootfs:
             assert (rootfs / "file").read_text() == "written"
 

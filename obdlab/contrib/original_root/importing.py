@@ -22,6 +22,7 @@ from obdlab.snapshotter.store import Kind, Snapshot, Store, Usage
 from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, WritableDevice
 from obdlab.system import mount
 from obdlab.system.locks import try_lock
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -65,8 +66,9 @@ def take_over(layout: Layout, default_mode: Mode) -> int | None:
         _check_place(layout, configs)
         _note_devices(layout, snapshots, configs, default_mode)
         _tell_oddities(layout, snapshots, configs)
+        # The note comes first: a store without it would be used even if the original changed the root later.
+        _write_note(layout, transaction)
         _write_store(layout, snapshots, last_id)
-        (layout.root / _NOTE_NAME).write_text(f"{transaction}\n")
     logger.warning("%s: took over %d snapshots of overlaybd-snapshotter", layout.root, len(snapshots))
     return len(snapshots)
 
@@ -216,6 +218,14 @@ def _tell_oddities(layout: Layout, snapshots: Sequence[Snapshot], configs: dict[
             logger.warning("snapshot %r: is a legacy DADI layer; it is served if its blobs can be had", snapshot.key)
 
 
+def _write_note(layout: Layout, transaction: int) -> None:
+    note = layout.root / _NOTE_NAME
+    try:
+        replace_file(note, f"{transaction}\n".encode(), private=False, sync=True)
+    except OSError as error:
+        raise ImportRootError(f"{note}: cannot be written ({error.strerror})") from error
+
+
 def _write_store(layout: Layout, snapshots: Sequence[Snapshot], last_id: int) -> None:
     unfinished = layout.root / _UNFINISHED
     for path in layout.root.glob(f"{_UNFINISHED}*"):
@@ -225,7 +235,9 @@ def _write_store(layout: Layout, snapshots: Sequence[Snapshot], last_id: int) ->
         with store.write() as writer:
             writer.restore(snapshots, last_id)
     finally:
-        store.close()  # merges the write-ahead log into the one file
+        store.close()  # merges the write-ahead log into the one file, or leaves both and raises nothing
+    if unfinished.with_name(f"{unfinished.name}-wal").exists():
+        raise ImportRootError(f"{layout.metadata}: the metadata cannot be written whole (is the disk full?)")
     os.replace(unfinished, layout.metadata)
     descriptor = os.open(layout.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:

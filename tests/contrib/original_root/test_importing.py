@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -19,12 +20,12 @@ import pytest
 
 from obdlab.containerd.client import Containerd
 from obdlab.contrib.original_root.bolt import BoltFile, Bucket
-from obdlab.contrib.original_root.importing import ImportRootError, read_snapshots
-from obdlab.errors import FormatError
-from obdlab.snapshotter.errors import NotFoundError
-from obdlab.snapshotter.layout import RootError
+from obdlab.contrib.original_root.importing import ImportRootError, read_snapshots, take_over
+from obdlab.errors import FormatError, ObdlabError
+from obdlab.snapshotter.errors import FailedPreconditionError, NotFoundError
+from obdlab.snapshotter.layout import Layout, RootError
 from obdlab.snapshotter.store import Kind, Usage
-from obdlab.snapshotter.writable import LABEL_WRITABLE
+from obdlab.snapshotter.writable import LABEL_WRITABLE, Mode, make_upper
 from obdlab.system import abi, mount
 from tests import capabilities
 from tests.containerd.host import running_containerd
@@ -132,8 +133,6 @@ def test_images_and_containers_go_on(original: Path, tmp_path: Path) -> None:
     root = Root(tmp_path)
     try:
         own = original / "snapshots" / str(ids_of(original)["own"]) / "block"
-        from obdlab.snapshotter.writable import make_upper
-
         make_upper(own / "writable_data", own / "writable_index", 0, sparse=False, make_ext4=False)
         with root.opened() as snapshotter:
             keys = {snapshot.key.split("/")[-1]: snapshot.key for snapshot in snapshotter.walk()}
@@ -150,6 +149,57 @@ def test_images_and_containers_go_on(original: Path, tmp_path: Path) -> None:
                     snapshotter.stat(key)
     finally:
         root.lose_mounts()
+
+
+def test_a_layer_whose_commit_was_cut_off_is_not_deleted(
+    original: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The original seals the data by renaming it, before it notes the commit."""
+    make_image(original, writable=True)
+    home = original / "snapshots" / str(ids_of(original)["own"])
+    sealed = home / "fs/overlaybd.sealed"
+    make_upper(home / "block/writable_data", home / "block/writable_index", 0, sparse=False, make_ext4=False)
+    (home / "block/writable_data").rename(sealed)
+    data = sealed.read_bytes()
+    snapshotter = open_snapshotter(tmp_path)
+    (key,) = (snapshot.key for snapshot in snapshotter.walk() if snapshot.key.endswith("/own"))
+    assert f"not recovered: {sealed}: the only copy of what the container wrote" in caplog.text
+    with pytest.raises(FailedPreconditionError, match="the only copy of what the container wrote"):
+        snapshotter.commit("layer", key, {})
+    snapshotter.close()
+    assert sealed.read_bytes() == data
+
+
+@pytest.mark.kernel
+def test_on_a_full_disk_all_is_taken_over_or_nothing(original: Path, tmp_path: Path) -> None:
+    capabilities.require("kernel")
+    root, filler = tmp_path / "full" / "root", tmp_path / "full" / "filler"
+    root.parent.mkdir()
+    abi.mount("tmpfs", root.parent, "tmpfs", 0, "size=8m")
+    try:
+        shutil.copytree(original, root)
+        refused = 0
+        for free in range(0, 512 << 10, 8 << 10):
+            for path in root.glob("metadata.*"):
+                if path.name != "metadata.db":
+                    path.unlink()
+            status = os.statvfs(root)
+            filler.write_bytes(bytes(status.f_bavail * status.f_frsize - free))
+            layout = Layout(root)
+            try:
+                assert take_over(layout, Mode.OVERLAYFS) == 84
+            except ObdlabError:
+                refused += 1
+                assert not layout.metadata.exists()
+            finally:
+                layout.close()
+            filler.unlink()
+            snapshotter = open_snapshotter(root.parent)
+            assert len(snapshotter.walk()) == 84
+            snapshotter.close()
+        assert 0 < refused < 64
+    finally:
+        abi.umount2(root.parent)
 
 
 def test_a_root_in_use_is_refused(original: Path, tmp_path: Path) -> None:
