@@ -22,7 +22,7 @@ from obdlab.formats.checksum import raw_crc32c
 from obdlab.formats.tar import file_header, parse_wrap, wrap_tail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from numpy.typing import NDArray
 
@@ -31,8 +31,12 @@ HEADER_SIZE = RECORD_SIZE = 24
 #: The original reads each record into a buffer of this size, for any length.
 MAX_LENGTH = 1 << 20
 #: Four million records: more than any start reads.
-MAX_SIZE = HEADER_SIZE + (RECORD_SIZE << 22)
+MOST_READS = 1 << 22
+MAX_SIZE = HEADER_SIZE + RECORD_SIZE * MOST_READS
 MAX_LIST_SIZE = 65536
+
+# All records as tuples at once would take several times the memory of the file.
+_AT_ONCE = 4096
 
 _HEADER = struct.Struct("<I4xQI4x")
 _MAGIC = MAGIC.to_bytes(4, "little")
@@ -119,14 +123,19 @@ class Trace:
 
     def reads(self) -> list[tuple[int, int, int]]:
         """Return (layer, offset, length) of each read. Records of writes, which no recorder makes, are left out."""
-        reads = self.records[self.records["op"] == b"R"]
-        columns = (reads[name].tolist() for name in ("layer", "offset", "length"))
-        return list(zip(*columns, strict=True))
+        return list(self.each_read())
+
+    def each_read(self) -> Iterator[tuple[int, int, int]]:
+        """Yield what :meth:`reads` returns, in little memory."""
+        for first in range(0, len(self.records), _AT_ONCE):
+            records = self.records[first : first + _AT_ONCE]
+            reads = records[records["op"] == b"R"]
+            yield from zip(*(reads[name].tolist() for name in ("layer", "offset", "length")), strict=True)
 
     def check_fits(self, sizes: list[int], *, name: str = "trace") -> None:
         """Raise FormatError unless every read lies inside its layer. ``sizes`` are those of the layers, bottom
         first."""
-        for number, (layer, offset, length) in enumerate(self.reads()):
+        for number, (layer, offset, length) in enumerate(self.each_read()):
             if layer >= len(sizes) or not 0 <= offset <= offset + length <= sizes[layer]:
                 has = f"{sizes[layer]} bytes" if layer < len(sizes) else f"{len(sizes)} layers"
                 raise FormatError(

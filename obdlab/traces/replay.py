@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from obdlab.blob import find, range_in
@@ -12,7 +13,16 @@ from obdlab.cache.cachedblob import CachedBlob
 from obdlab.errors import CorruptBlobError, FormatError, ObdlabError
 from obdlab.formats.lsmt.layout import SECTOR
 from obdlab.formats.oci import digest_of
-from obdlab.formats.trace import HEADER_SIZE, MAX_LENGTH, MAX_SIZE, PriorityList, Trace, content_of_layer, is_trace
+from obdlab.formats.trace import (
+    HEADER_SIZE,
+    MAX_LENGTH,
+    MAX_SIZE,
+    MOST_READS,
+    PriorityList,
+    Trace,
+    content_of_layer,
+    is_trace,
+)
 from obdlab.layers.warp import parts_of
 from obdlab.localfile import LocalFile
 from obdlab.observe.counters import Counter
@@ -44,9 +54,9 @@ def start_replay(name: str, load: Callable[[], bytes], disk: Stack) -> Prefetch 
     if not blobs:
         return None
 
-    def find() -> Iterable[Range]:
+    def find() -> Iterator[Range]:
         try:
-            return list(_ranges(reads_in(load(), disk, name=name), disk, places))
+            yield from _ranges(_each_read_in(load(), disk, name), disk, places)
         except ObdlabError:
             TRACES_IGNORED.add()
             raise
@@ -61,14 +71,18 @@ def reads_in(data: bytes, disk: Stack, *, name: str) -> list[Read]:
 
     Raises FormatError for a trace that is damaged or of another image. Missing files of a list are left out.
     """
+    return list(_each_read_in(data, disk, name))
+
+
+def _each_read_in(data: bytes, disk: Stack, name: str) -> Iterator[Read]:
     if is_trace(data):
         trace = Trace.from_bytes(data, name=name)
         trace.check_fits([layer.data.size for layer in disk.layers], name=name)
-        return trace.reads()
+        return trace.each_read()
     listed, odd = PriorityList.from_bytes(data, name=name)
     for reason in odd:
         logger.warning("%s", reason)
-    return list(_listed_reads(listed, disk, name))
+    return islice(_listed_reads(listed, disk, name), MOST_READS)  # several files may have one place on the disk
 
 
 def load_file(path: str) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -79,6 +80,17 @@ def test_reads_of_another_image_are_found() -> None:
             trace.check_fits(sizes)
     with pytest.raises(FormatError, match="not of this image"):
         Trace.from_reads([(0, -1, 1)]).check_fits([10])
+
+
+def test_a_long_trace_is_checked_in_little_memory() -> None:
+    trace = Trace.from_bytes(Trace.from_reads([(0, 1000, 2000)] * 100_000).to_bytes())
+    tracemalloc.start()
+    try:
+        trace.check_fits([3000])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3_000_000
 
 
 def test_an_acceleration_layer_that_is_none() -> None:

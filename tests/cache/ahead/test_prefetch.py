@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,47 @@ def test_a_plan_has_every_unit_once_and_little_else(reads: list[tuple[int, int, 
 def test_order_of_first_use_and_adjacent_ones_as_one() -> None:
     ranges = [(1, 9 * UNIT, 10 * UNIT), (0, 5 * UNIT, 6 * UNIT), (1, 8 * UNIT, 9 * UNIT), (0, 2 * UNIT, 2 * UNIT + 1)]
     assert list(plan(ranges, [UNIT, UNIT])) == [Piece(1, 8, 10), Piece(0, 5, 6), Piece(0, 2, 3)]
+
+
+def test_a_trace_that_names_all_again_and_again_is_planned_in_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    size, looked_at = 4096 * UNIT, 0
+
+    def find() -> Iterator[Range]:
+        nonlocal looked_at
+        for number in range(100_000):
+            looked_at = number
+            yield 0, 0, size
+
+    with open_cached(tmp_path, Origin(bytes(size))) as blob:
+        made = Prefetch("trace", [blob], find)
+        made.start()
+        assert made.wait(60)
+        assert blob.statistics()["prefetch_bytes"] == size
+    assert looked_at < 20_000
+    assert "trace: names the same data again and again" in caplog.text
+
+
+def test_planning_can_be_stopped(tmp_path: Path) -> None:
+    begun, over = threading.Event(), threading.Event()
+
+    def find() -> Iterator[Range]:
+        while not over.wait(0.001):
+            begun.set()
+            yield 0, 0, UNIT
+
+    with open_cached(tmp_path, source := Origin()) as blob:
+        made = Prefetch("trace", [blob], find)
+        made.start()
+        try:
+            assert begun.wait(60)
+            made.stop()
+            assert made.wait(10)
+        finally:
+            over.set()
+            made.wait(60)
+    assert source.reads == []
 
 
 def prefetched(blob: CachedBlob, ranges: list[Range]) -> Prefetch:
