@@ -16,15 +16,21 @@ if TYPE_CHECKING:
 
 
 def always_valid(spec: Any, rows: Iterable[Row]) -> list[tuple[dict[str, Any], Estimate]]:
-    """Return the point and the always-valid ratio to the baseline of each arm that has pairs with it."""
+    """Return the point and the always-valid ratio to the baseline of each arm that has pairs with it.
+
+    The points are those of the rows: the rows of a results directory can have more than its last declaration.
+    """
     values: dict[str, dict[int, float]] = defaultdict(dict)
+    points: dict[str, dict[str, Any]] = {}
     for row in rows:
         value = value_of(spec, [row])
         if value is not None:
-            values[key_of(spec, point_of(spec, row))][row["repeat"]] = value
+            point = point_of(spec, row)
+            points[key_of(spec, point)] = point
+            values[key_of(spec, point)][row["repeat"]] = value
     found = []
-    for point in spec.points():
-        ours = values.get(key_of(spec, point), {})
+    for key, point in points.items():
+        ours = values[key]
         theirs = values.get(key_of(spec, {**point, spec.arm_axis: spec.baseline}), {})
         both = sorted(set(ours) & set(theirs))
         if both and point[spec.arm_axis] != spec.baseline:

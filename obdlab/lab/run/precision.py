@@ -47,7 +47,8 @@ class Stopping:
     """The decisions of a run with a ``precision``: which comparisons have enough repeats.
 
     A comparison is decided once its always-valid interval leaves out 1 (a difference is sure), or lies within the
-    precision around 1 (no larger difference is possible). Intervals are corrected for the number of comparisons.
+    precision around 1 (no larger difference is possible). Intervals are corrected for the number of comparisons in
+    the report: those of warm and dropped starts are tested beside those of cold ones.
     """
 
     def __init__(self, spec: Spec) -> None:
@@ -55,7 +56,9 @@ class Stopping:
         self._values: dict[tuple[Place, Value], dict[int, float]] = defaultdict(dict)
         self._others = [arm for arm in spec.arms if arm != spec.baseline and not _is_second(arm)]
         places = {_place(spec, point) for point in spec.points()}
-        self._alpha = ALPHA / max(1, len(places) * len(self._others))
+        # With fewer tests than the report has, an arm that is sure here would be within the noise there.
+        starts = 1 + sum(bool(spec.options.get(key)) for key in ("warm_starts", "dropped_starts"))
+        self._alpha = ALPHA / max(1, starts * len(places) * len(self._others))
 
     def add(self, cell: Cell, rows: Iterable[Row]) -> None:
         """Take the good rows of a measured cell into account."""

@@ -67,7 +67,7 @@ class Summary:
     start: str
     arm: str
     total_s: Estimate
-    #: Ratio of totals to the baseline arm under the same conditions; None for the baseline itself.
+    #: Ratio of totals to the baseline arm in the same repeats and conditions; None for the baseline itself.
     ratio: Estimate | None
     #: Median of each phase, in the order of PHASES.
     phases_s: tuple[float, ...]
@@ -351,7 +351,7 @@ def _narrow(summary: Summary) -> tuple[str, ...]:
 
 def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None) -> Summary:
     totals = [row["total_s"] for row in rows]
-    others = [row["total_s"] for row in baseline or ()]
+    others = [row["total_s"] for row in _same_repeats(rows, baseline or [])]
     return Summary(
         *place,
         arm,
@@ -367,6 +367,12 @@ def _summary(place: Place, arm: str, rows: list[Row], baseline: list[Row] | None
         pss_bytes=_median(rows, "pss_bytes"),
         disk_bytes=_median(rows, "disk_bytes"),
     )
+
+
+# An arm can end some repeats before the baseline, and the host's speed drifts: only the same repeats are comparable.
+def _same_repeats(rows: list[Row], baseline: list[Row]) -> list[Row]:
+    mine = {row.get("repeat") for row in rows}
+    return [row for row in baseline if row.get("repeat") in mine] or baseline
 
 
 def _median(rows: list[Row], key: str) -> float:
@@ -406,7 +412,9 @@ def _range(estimate: Estimate) -> str:
 #: The meanings of HEADER's columns.
 _MEANINGS = {
     "total s": "seconds from before the pull (cold) or from `ctr run` until the application answers its probe",
-    "vs baseline": "ratio of medians to the first arm; (A/A) is that arm once more, what it differs by is noise",
+    "vs baseline": (
+        "ratio to the first arm in the same repeats; (A/A) is that arm once more, what it differs by is noise"
+    ),
     "pull, create, start phase, ready": "seconds of each phase, medians",
     "MB, requests": "what the registry was asked for until ready, by its own count",
     "waits": "round trips that followed one another",

@@ -39,14 +39,15 @@ def draw_ratios(
     of: str = "time",
     log: bool = False,
     baselines: Mapping[str, str] | None = None,
+    found: Mapping[str, Estimate] | None = None,
 ) -> None:
     """Draw a row for each arm: samples and median as ratios to the median of ``baseline``, and the paper's ratio.
 
     ``paper`` holds ratios to the paper's own baseline; its names are those of the arms they stand for, or others.
     Whiskers are 95 % intervals of the ratio, which take three samples. ``baselines`` names another baseline
-    for some arms.
+    for some arms. ``found`` holds the ratios of arms whose interval is of another kind, such as an always-valid one.
     """
-    paper, baselines = paper or {}, baselines or {}
+    paper, baselines, found = paper or {}, baselines or {}, found or {}
     bases = {arm: list(measured.get(baselines.get(arm, baseline), ())) for arm in measured}
     drawn = {arm: list(values) for arm, values in measured.items() if values and bases[arm]}
     if not titled(axes, title, bool(drawn or paper)):
@@ -60,8 +61,9 @@ def draw_ratios(
         if name in drawn:
             ratios = shares[name]
             is_base = name == baselines.get(name, baseline)
-            found = median_interval(ratios) if is_base else ratio_interval(drawn[name], bases[name])
-            _draw_row(axes, place, name, ratios, found, f"{found.median:.2f}", reach)
+            ratio = median_interval(ratios) if is_base else found.get(name)
+            ratio = ratio or ratio_interval(drawn[name], bases[name])
+            _draw_row(axes, place, name, ratios, ratio, f"{ratio.median:.2f}", reach)
         if name in paper:
             axes.plot(paper[name], place + 0.28, "D", color=PAPER, markersize=6, markerfacecolor="white", zorder=4)
             # An arm's own number is on its line; the paper's stands at its mark.

@@ -20,7 +20,8 @@ from obdlab.lab.paper.tables import as_html
 from obdlab.lab.run.declaration import last_spec
 from obdlab.lab.run.rows import RowStore, last_attempts
 from obdlab.lab.run.spec import SpecError
-from obdlab.lab.run.summary import summarise, summary_records
+from obdlab.lab.run.starts import summaries_of
+from obdlab.lab.run.summary import summary_records
 from obdlab.lab.show.dots import draw_samples
 from obdlab.lab.show.figures import draw_phases
 from obdlab.lab.show.waterfall import waterfall
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from obdlab.lab.run.rows import Row
+    from obdlab.lab.run.summary import Summary
 
 #: The axes that starts are chosen by; a choice narrows the axes after it.
 AXES = ("image", "rate_mbit", "rtt_ms", "disk", "start")
@@ -44,8 +46,9 @@ class ExplorerError(ObdlabError):
 class Starts:
     """The good starts of an experiment, measured under any code.
 
-    If an arm was measured again under the same conditions with other code or another build of the image, only the
-    newest starts count: a median over both would describe neither. :meth:`note` reports the rows left out.
+    If an arm was measured again under the same conditions with other code, another build of the image, another
+    workload or compression, only the newest starts count: a median over both would describe neither. :meth:`note`
+    reports the rows left out.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -58,10 +61,11 @@ class Starts:
         stored = RowStore(directory).rows()
         rows = last_attempts(stored)
         good = _with_settings([{"disk": "native", **row} for row in rows if not row.get("error")])
-        newest: dict[tuple[Any, ...], tuple[int, tuple[str, str]]] = {}
+        newest: dict[tuple[Any, ...], tuple[int, tuple[str, ...]]] = {}
         for row in good:
             one = (row["attempt"], _measured_under(row))
             newest[_group(row)] = max(newest.get(_group(row), one), one)
+        self._spec = spec
         self.baseline = str(spec.baseline)
         self.rows: list[Row] = [row for row in good if _measured_under(row) == newest[_group(row)][1]]
         self.stored = len(stored)
@@ -74,15 +78,17 @@ class Starts:
         others = self.stored - len(self.rows) - self.failed
         left = [f"{self.failed} failed"] if self.failed else []
         left += (
-            [f"{others} were measured again, or of an older image or code under the same conditions"]
-            if others
-            else []
+            [f"{others} were measured again, or of an older image, code, workload or compression"] if others else []
         )
         codes = len({row.get("context") for row in self.rows})
         said = f"{len(self.rows):,} of {self.stored:,} stored rows" + (
             f"; left out: {', '.join(left)}" if left else ""
         )
         return said + (f"; measured under {codes} states of code and host" if codes > 1 else "")
+
+    def summaries(self, **chosen: Any) -> list[Summary]:
+        """Return the summaries of a choice, which :meth:`choose` completes. Raises ExplorerError."""
+        return summaries_of(self._spec, self.select(**chosen))
 
     def choices(self, axis: str, **chosen: Any) -> list[Any]:
         """Return the values on an axis (AXES or "arm") of the starts that match ``chosen``."""
@@ -172,7 +178,8 @@ class Explorer:
             for arm in self.starts.choices("arm", **whole)
         }
         draw_samples(left, totals, "from before the pull until ready", "seconds")
-        draw_phases(right, summarise(rows, self.starts.baseline), "medians with 95 % intervals, by phase")
+        title = "medians with 95 % intervals (below six: range), by phase"
+        draw_phases(right, self.starts.summaries(**whole), title)
         for label in right.get_xticklabels():
             label.set(rotation=12 if len(totals) > 3 else 0)
         figure.suptitle(self.title(whole), fontsize=12.5, x=0.01, ha="left")
@@ -190,7 +197,7 @@ class Explorer:
 
     def table(self, **chosen: Any) -> pd.DataFrame:
         """Return medians and intervals of a choice, a row for each arm."""
-        records = summary_records(summarise(self.starts.select(**chosen), self.starts.baseline))
+        records = summary_records(self.starts.summaries(**chosen))
         return pd.DataFrame(records).drop(columns=["image", "network", "start"])
 
     def title(self, chosen: dict[str, Any]) -> str:
@@ -223,8 +230,10 @@ def _with_settings(rows: list[Row]) -> list[Row]:
     return named
 
 
-def _measured_under(row: Row) -> tuple[str, str]:
-    return (row.get("context", ""), row.get("image_digest", ""))
+# A context holds neither image nor workload nor compression: they are a cell's.
+def _measured_under(row: Row) -> tuple[str, ...]:
+    keys = ("context", "image_digest", "workload", "algorithm", "block_size")
+    return tuple(str(row.get(key, "")) for key in keys)
 
 
 def _group(row: Row) -> tuple[Any, ...]:

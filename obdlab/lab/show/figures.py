@@ -28,15 +28,16 @@ _ROW = 0.3
 PHASE_LABELS = {"pull_s": "pull", "create_s": "create", "start_s": "start", "ready_s": "start to ready"}
 
 
-def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
+def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs", summaries: Sequence[Summary] = ()) -> Figure:
     """Draw one network's starts: their seconds, and their ratios to the baseline beside those of the paper.
 
-    Left: medians with 95 % intervals, bars stacked by phase. Right: every start as a ratio to the baseline's median,
-    beside the ratios of figures 14 and 15 of the DADI paper, of other hardware and another image. Raises ValueError
-    for rows of several networks.
+    Left: medians with 95 % intervals or ranges, bars stacked by phase. Right: every start as a ratio to the
+    baseline's median, beside the ratios of figures 14 and 15 of the DADI paper, of other hardware and another image.
+    Ratios and their intervals are those of ``summaries``, the rows' own: those of a run that could stop early are
+    always valid (``obdlab.lab.run.starts.summaries_of``). Raises ValueError for rows of several networks.
     """
     first = [baseline, f"{baseline}{AA_SUFFIX}"]
-    summaries = summarise(rows, baseline)
+    summaries = list(summaries or summarise(rows, baseline))
     summaries.sort(key=lambda s: (s.image, first.index(s.arm) if s.arm in first else len(first)))
     networks = {(summary.rate_mbit, summary.rtt_ms) for summary in summaries}
     if len(networks) != 1:
@@ -53,11 +54,17 @@ def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
         draw_phases(axes[place, 0], [s for s in summaries if s.start == start], f"{start} start: seconds, by phase")
         totals = _totals(rows, start, [summary.arm for summary in summaries if summary.start == start], images)
         title = f"{start} start: ratio to {baseline}, here and in the paper"
+        found = {
+            _label(s.image, s.arm, images): s.ratio
+            for s in summaries
+            # The rows of several disks share a line, which has a ratio of its own.
+            if s.start == start and s.ratio is not None and len({each.disk for each in summaries}) == 1
+        }
         if len(images) == 1:
-            draw_ratios(axes[place, 1], totals, title, baseline=baseline, paper=paper)
+            draw_ratios(axes[place, 1], totals, title, baseline=baseline, paper=paper, found=found)
         else:  # each image has a baseline of its own; the paper has another image
             own = {name: f"{name.partition(': ')[0]}: {baseline}" for name in totals}
-            draw_ratios(axes[place, 1], totals, title, baseline=baseline, baselines=own)
+            draw_ratios(axes[place, 1], totals, title, baseline=baseline, baselines=own, found=found)
     of = f"{images[0]}: c" if len(images) == 1 else "C"
     title = f"{of}ontainer start over {rate_mbit:g} Mbit/s, {rtt_ms:g} ms round trip"
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
@@ -70,7 +77,7 @@ def startup_figure(rows: Sequence[Row], baseline: str = "overlayfs") -> Figure:
 
 
 def draw_phases(axes: Axes, summaries: list[Summary], title: str) -> None:
-    """Draw medians of totals with 95 % intervals, bars stacked by phase, for one network, disk and start."""
+    """Draw medians of totals with intervals or ranges, bars stacked by phase, for one network, disk and start."""
     axes.set_title(title, loc="left", fontsize=10.5)
     if not summaries:
         axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import io
 import re
+from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
+
+from obdlab.lab.kinds import KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -135,7 +138,7 @@ def caption(rows: Sequence[Row], environments: Sequence[Mapping[str, Any]]) -> s
     days = sorted({f"{row.get('started') or ''}"[:10] for row in rows} - {""})
     hosts = sorted({_host(env) for env in environments} - {""})
     parts = [
-        f"n = {len({row.get('repeat') for row in rows})} at each point ({len(rows)} rows)",
+        f"n = {_counts(rows)} ({len(rows)} rows)",
         "; ".join(hosts),
         f"commit {', '.join(commits)}" if commits else "",
         " to ".join(dict.fromkeys((days[0], days[-1]))) if days else "",
@@ -143,6 +146,18 @@ def caption(rows: Sequence[Row], environments: Sequence[Mapping[str, Any]]) -> s
     busy = "some on a busy host" if any(row.get("quiet") is False for row in rows) else ""
     origins = sorted({ORIGINS[row.get("label", "measured")][2] for row in rows} - {""})
     return " and ".join(origins).capitalize() + " " * bool(origins) + ", ".join(filter(None, [*parts, busy])) + "."
+
+
+# How many repeats a point has. The experiments of a question can have different numbers of them.
+def _counts(rows: Sequence[Row]) -> str:
+    repeats: dict[tuple[str, ...], set[Any]] = defaultdict(set)
+    for row in rows:
+        kind = KINDS.get(row.get("kind", ""))
+        axes = kind.axes if kind is not None else ()
+        repeats[tuple(str(row.get(key)) for key in ("kind", *axes, "start"))].add(row.get("repeat"))
+    counts = [len(each) for each in repeats.values()]
+    low, high = min(counts), max(counts)
+    return f"{low} at each point" if low == high else f"{low} to {high} by point"
 
 
 def publish(figure: Figure, stem: Path, text: str = "") -> bytes:

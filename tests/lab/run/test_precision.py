@@ -76,6 +76,28 @@ def test_failed_starts_are_no_pairs() -> None:
     assert not stopping.is_enough(_cell("obdlab", 3))
 
 
+def test_arms_that_a_run_stopped_for_are_sure_in_the_report() -> None:
+    arms = ("obdlab", "stargz", "soci", "erofs")
+    spec = declared(
+        snapshotters=["overlayfs", *arms], a_a=False, repeats=20, precision=0.01, warm_starts=1, dropped_starts=1
+    )
+    stopping, rows = Stopping(spec), list[Row]()
+    for cell in spec.cells():
+        if stopping.is_enough(cell):
+            continue
+        # All arms need the same number of pairs. Warm and dropped starts are the baseline's, and tested all the same.
+        noise = 0.1 * (-1) ** cell.repeat
+        arm = str(cell.point["arm"])
+        found = [_cold(arm, 1.0 if arm == "overlayfs" else math.exp(noise - 0.2), cell.repeat)]
+        found += [_row(arm, start, 0.5, repeat=cell.repeat, disk="native") for start in ("warm", "dropped")]
+        stopping.add(cell, found)
+        rows += found
+    assert {len([row for row in rows if row["arm"] == arm]) for arm in arms} == {3 * 11}
+    cold = [line for line in StartReport().facts(spec, rows)["findings"] if ", cold, " in line]
+    assert len(cold) == len(arms)
+    assert [line for line in cold if "faster than" not in line] == []
+
+
 def test_the_report_judges_by_the_intervals_that_the_run_stopped_on() -> None:
     rows = [
         _cold(arm, total_s + 0.01 * repeat * (-1) ** repeat, repeat)

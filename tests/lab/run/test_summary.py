@@ -266,6 +266,23 @@ def test_a_ratio_of_a_recorded_arm_to_one_without_a_record_says_so() -> None:
     assert "recorded against" not in findings(like)[0]
 
 
+def test_an_arm_that_ended_early_is_compared_with_the_same_repeats() -> None:
+    # The host becomes slower; in the repeats of both there is no difference.
+    totals = [1 + 0.1 * repeat for repeat in range(12)]
+    rows = [row | {"repeat": repeat} for repeat, row in enumerate(_starts(BASE, totals, "warm"))]
+    rows += [row | {"repeat": repeat} for repeat, row in enumerate(_starts("obdlab", totals[:5], "warm"))]
+    base, ours = summarise(rows)
+    assert (base.total_s.count, ours.total_s.count) == (12, 5)
+    assert ours.ratio is not None
+    assert ours.shift_s is not None
+    assert (ours.ratio.median, ours.shift_s.median, ours.delta) == (1.0, 0.0, 0.0)
+    # Without a common repeat there is no better baseline than all of it.
+    others = [row | {"repeat": row["repeat"] + 50 * (row["arm"] == BASE)} for row in rows]
+    ratio = summarise(others)[1].ratio
+    assert ratio is not None
+    assert ratio.median == pytest.approx(1.2 / 1.55)
+
+
 def test_versions_of_all_compared_programs() -> None:
     compared = [{"compared": {"a": {"x": "1"}, "b": {"y": version}}} for version in ("2", "2", "3")]
     assert versions_notes(compared) == ["Versions: x: 1; y: 2 and 3."]

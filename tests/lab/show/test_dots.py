@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
+from obdlab.lab.run.statistics import Estimate
 from obdlab.lab.show.dots import draw_lines, draw_ratios, draw_samples
 
 
@@ -56,6 +57,18 @@ def test_an_interval_far_beyond_the_samples_does_not_squeeze_them(axes: Axes) ->
     (arrow,) = [line for line in axes.lines if line.get_marker() == ">"]
     assert float(np.asarray(arrow.get_xdata())[0]) == pytest.approx(1.5 * 3.0 / 2.05)
     assert axes.get_xlim()[1] < 4
+
+
+def test_a_given_ratio_is_drawn_in_place_of_the_samples_own(axes: Axes) -> None:
+    measured = {"overlayfs": [2.0, 2.1, 2.2], "obdlab": [1.0, 1.1, 1.2], "soci": [1.0, 1.1, 1.2]}
+    draw_ratios(axes, measured, "", baseline="overlayfs", found={"obdlab": Estimate(0.45, 0.3, 0.6, 3)})
+    assert texts(axes) == ["1.00", "0.45", "0.52"]
+    whiskers = [
+        np.asarray(line.get_xdata()).tolist()
+        for line in axes.lines
+        if np.asarray(line.get_ydata()).tolist() == [1, 1]
+    ]
+    assert [0.3, 0.6] in whiskers
 
 
 def test_one_sample_has_no_whisker(axes: Axes) -> None:

@@ -120,6 +120,18 @@ def test_distributions_and_bars_are_of_the_chosen_rows(root: Path) -> None:
     assert samples(Explorer(root).distribution())["overlayfs"] == pytest.approx([22.0, 22.22, 22.44])
 
 
+def test_the_table_has_the_intervals_that_a_run_stopped_on(tmp_path: Path) -> None:
+    # Each pair has the same ratio: an interval of pairs has no width, one of medians has.
+    arms = ("overlayfs", "obdlab")
+    for precision, shown in ((0.1, "0.19 [0.19, 0.19]"), (0.0, "0.19 [0.19, 0.20]")):
+        spec = declared("s", images=("redis",), snapshotters=arms, a_a=False, repeats=4, precision=precision)
+        store_starts(tmp_path / f"{precision}", spec, start_rows(repeats=4))
+        explorer = Explorer(tmp_path / f"{precision}")
+        assert list(explorer.table(start="cold")["vs baseline"]) == ["", shown]
+    title = explorer.distribution(start="cold").axes[1].get_title("left")
+    assert title == "medians with 95 % intervals (below six: range), by phase"
+
+
 def test_a_waterfall_is_one_start_phase_after_phase(root: Path) -> None:
     figure = Explorer(root).waterfall("obdlab", 1, image="redis")
     bars = [patch for patch in figure.axes[0].patches if isinstance(patch, Rectangle)]
@@ -213,6 +225,18 @@ def test_two_builds_of_an_image_are_never_one_arm(tmp_path: Path) -> None:
     starts = Starts(directory)
     assert {row["image_digest"] for row in starts.rows} == {"sha256:bb"}
     assert "left out: 2 were measured again" in starts.note()
+
+
+def test_two_workloads_are_never_one_arm(tmp_path: Path) -> None:
+    spec = declared("s", a_a=False, repeats=2)
+    directory = store_starts(tmp_path, spec, start_rows({("obdlab", "cold"): 2.0}, repeats=2))
+    stored = RowStore(directory).rows()[0]
+    same = {key: stored[key] for key in ("context", "algorithm", "block_size")}
+    newer = start_rows({("obdlab", "cold"): 9.0}, repeats=2, workload="du", **same)
+    RowStore(directory).append({**row, "cell": f"du{n}", "attempt": 10**18 + n} for n, row in enumerate(newer))
+    starts = Starts(directory)
+    assert {row["workload"] for row in starts.rows} == {"du"}
+    assert "left out: 2 were measured again, or of an older image, code, workload or compression" in starts.note()
 
 
 def test_before_any_experiment_it_shows_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ from matplotlib.patches import Rectangle
 
 from obdlab.lab.paper.published import paper_values
 from obdlab.lab.run.rows import Row
+from obdlab.lab.run.starts import summaries_of
 from obdlab.lab.run.summary import findings, summarise
 from obdlab.lab.show.figures import startup_figure
+from tests.lab.declared import declared
 from tests.lab.run.test_statistics import _row
 
 
@@ -60,6 +62,26 @@ def test_each_image_has_a_baseline_of_its_own() -> None:
     assert found["other: overlayfs"] == pytest.approx(1.0)
     # The paper has neither of them.
     assert "0.19" not in {text.get_text() for text in ratios.texts}
+
+
+def test_whiskers_of_a_run_that_could_stop_early_are_those_of_the_table() -> None:
+    spec = declared(a_a=False, repeats=10, precision=0.1)
+    rows = [
+        _row(arm, "cold", total_s + noise, repeat=repeat, disk="native", recipe="redis")
+        for arm, total_s in (("overlayfs", 4.0), ("obdlab", 3.0))
+        for repeat, noise in enumerate((0.1, -0.1, 0.05, 0.2))
+    ]
+    summaries = summaries_of(spec, rows)
+    (ratio,) = [each.ratio for each in summaries if each.ratio is not None]
+    axes = startup_figure(rows, "overlayfs", summaries).axes[1]
+    whiskers = [
+        [float(end) for end in np.asarray(line.get_xdata(), dtype=float)]
+        for line in axes.lines
+        if np.asarray(line.get_ydata()).tolist() == [1, 1] and line.get_color() == "black"
+    ]
+    assert whiskers == [[ratio.low, ratio.high]]
+    (plain,) = [each.ratio for each in summarise(rows) if each.ratio is not None]
+    assert (plain.low, plain.high) != (ratio.low, ratio.high)
 
 
 def test_one_start_has_no_error_bar() -> None:

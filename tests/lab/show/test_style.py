@@ -25,6 +25,14 @@ def test_a_caption_tells_samples_host_commit_and_day() -> None:
     assert style.caption([], [host]) == ""
 
 
+def test_a_caption_counts_the_repeats_of_points() -> None:
+    few = [{"kind": "index", "segments": 100, "layers": layers, "repeat": n} for layers in (1, 4) for n in range(3)]
+    many = [{"kind": "start", "arm": "obdlab", "start": start, "repeat": n} for start in ("cold", "warm")
+            for n in range(10)]  # fmt: skip
+    assert style.caption(few, []) == "n = 3 at each point (6 rows)."
+    assert style.caption([*few, *many, *many], []) == "n = 3 to 10 by point (46 rows)."
+
+
 def test_origins_share_neither_line_style_nor_marker_nor_label() -> None:
     assert set(style.ORIGINS) == {"measured", "emulated", "simulated"}
     for column in zip(*style.ORIGINS.values(), strict=True):
