@@ -7,6 +7,7 @@ import platform
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,9 @@ from obdlab.lab.run.precision import Stopping
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
 from obdlab.lab.run.summary import versions_notes, wrapped
 from obdlab.lab.run.table import PointsReport
+from obdlab.lab.testbed.exclusive import only_run
 from obdlab.lab.testbed.process import LabError
+from obdlab.system.newfile import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -73,14 +76,15 @@ class Experiment:
     def run(self, *, again: bool = False, scheduler: str = "") -> int:
         """Measure every cell that has no good row under today's code and host; return how many were measured.
 
-        ``again`` measures every cell again and keeps the old rows. Needs root and the host for itself, else raises
-        LabError. A failed cell leaves a row with ``error`` and the run goes on. A stop (Ctrl-C) keeps the rows of
-        finished cells and leaves no process. ``scheduler`` is the address of a scheduler; its workers' hosts measure
-        instead of this one (:class:`Cluster`).
+        ``again`` measures every cell again and keeps the old rows. Needs root, and the host and the results directory
+        for itself, else raises LabError. A failed cell leaves a row with ``error`` and the run goes on. A stop
+        (Ctrl-C) keeps the rows of finished cells and leaves no process. ``scheduler`` is the address of a scheduler;
+        its workers' hosts measure instead of this one (:class:`Cluster`).
         """
         places = (self.store.directory, self._paths.work, self._paths.images, Path(tempfile.gettempdir()))
         with (
             naming_full_disks(*places),
+            only_run(self.store.directory),
             closing(_cluster_at(scheduler, self.spec.kind, self._paths)) if scheduler else nullcontext() as cluster,
         ):
             return self._run(again, cluster)
@@ -147,7 +151,24 @@ class Experiment:
 
     def _caveats(self, rows: Sequence[Row]) -> list[str]:
         environments = self.environments()
-        return [*self._report.caveats(self.spec, rows), *image_notes(environments), *versions_notes(environments)]
+        told = [*self._report.caveats(self.spec, rows), *self.measured_again()]
+        return [*told, *image_notes(environments), *versions_notes(environments)]
+
+    def measured_again(self) -> list[str]:
+        """Return a sentence for each arm with failed attempts that :meth:`rows` leaves out for later ones."""
+        stored, cells = self._stored()
+        shown = {(row["cell"], row["attempt"]) for row in last_attempts(stored, cells)}
+        axis = self.spec.arm_axis
+        # One for each attempt: several of its starts can have failed.
+        failed = {(row["cell"], row["attempt"]): row[axis] for row in stored if row.get("error")}
+        counts = Counter(arm for attempt, arm in failed.items() if attempt not in shown)
+        said = {arm: arm if isinstance(arm, str) else f"{axis} {arm}" for arm in counts}
+        return [
+            f"{count} failed attempts of {said[arm]} were measured again."
+            if count > 1
+            else f"1 failed attempt of {said[arm]} was measured again."
+            for arm, count in counts.items()
+        ]
 
     @property
     def _report(self) -> Report:
@@ -202,7 +223,9 @@ class Experiment:
 
     def _write_spec(self, contexts: Sequence[str], pins: Pins) -> None:
         latest = {**self.spec.declaration(), "context": contexts[0], "same_contexts": contexts[1:], "pins": pins}
-        (self.store.directory / "spec.json").write_text(json.dumps(latest, indent=1) + "\n")
+        data = (json.dumps(latest, indent=1) + "\n").encode()
+        # Without pins and context no stored row counts as measured: a full disk or a kill leaves the old file.
+        replace_file(self.store.directory / "spec.json", data, private=False, sync=True)
 
     def _measure_here(
         self, pending: list[Cell], surroundings: dict[str, Any], paths: LabPaths, bar: Any, stopping: Stopping
@@ -234,13 +257,16 @@ class Experiment:
 
     def rows(self) -> list[Row]:
         """Return the rows of the last run's cells: for each cell the last good attempt, else the last failed one."""
+        return with_quiet(last_attempts(*self._stored()))
+
+    # All rows of the last run's cells, and the key that stands for each cell.
+    def _stored(self) -> tuple[list[Row], dict[str, str]]:
         contexts, pins = self._last_contexts(), read_pins(self.store.directory)
         cells = {
             key: keys[0] for cell in self.spec.cells() for keys in [self._keys(cell, contexts, pins)] for key in keys
         }
         # Contexts of the same code are one context for :func:`newest_code`.
-        found = ({**row, "context": contexts[0]} for row in self.store.rows() if row["cell"] in cells)
-        return with_quiet(last_attempts(found, cells))
+        return [{**row, "context": contexts[0]} for row in self.store.rows() if row["cell"] in cells], cells
 
     def _last_contexts(self) -> list[str]:
         try:

@@ -2,7 +2,8 @@
 
 A results directory holds ``rows.jsonl``, ``environments.jsonl`` (host, versions, shaping; a row names its
 environment by id) and ``spec.json``. A stopped run goes on where it was: it skips cells that have all their rows.
-Failed starts leave rows with ``error`` as well; their cells are measured again.
+Failed starts leave rows with ``error`` as well; their cells are measured again. A run holds the directory by
+``run.lock``.
 
 A crash or a full disk can cut a write short. Each row holds the number of rows of its attempt (``attempt_rows``);
 an attempt with too few stored rows is ignored. :meth:`RowStore.mend` moves a torn last line to ``rows.jsonl.torn``.

@@ -1,4 +1,7 @@
-"""One experiment at a time on a host: two would share disk and page cache, and spoil each other's cold starts."""
+"""One experiment at a time on a host: two would share disk and page cache, and spoil each other's cold starts.
+
+And one run at a time of a results directory: a run writes the declaration that "resume" and reports go by.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,24 @@ if TYPE_CHECKING:
 def only_experiment(state_dir: Path = DEFAULT_STATE_DIR) -> Iterator[None]:
     """Hold the host for one experiment. Raises LabError at once, naming its process, while another one runs."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(state_dir / "experiment.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with _held(state_dir / "experiment.lock", "another experiment runs on this host"):
+        yield
+
+
+@contextmanager
+def only_run(directory: Path) -> Iterator[None]:
+    """Hold a results directory for one run. Raises LabError at once, naming its process, while another one runs."""
+    with _held(directory / "run.lock", f"{directory}: another run writes here"):
+        yield
+
+
+@contextmanager
+def _held(path: Path, refusal: str) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         if not try_lock(descriptor):
             owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-            raise LabError(f"another experiment runs on this host (process {owner}): wait for it or stop it")
+            raise LabError(f"{refusal} (process {owner}): wait for it or stop it")
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -20,7 +21,7 @@ from obdlab.lab.run.experiment import Experiment
 from obdlab.lab.run.rows import RowStore
 from obdlab.lab.run.spec import Cell, Spec, SpecError
 from obdlab.lab.run.summary import caveats, findings, summarise
-from obdlab.lab.testbed.exclusive import only_experiment
+from obdlab.lab.testbed.exclusive import only_experiment, only_run
 from obdlab.lab.testbed.process import LabError
 from tests import capabilities
 from tests.lab.declared import declared
@@ -233,6 +234,65 @@ def test_of_a_cell_the_last_good_attempt_counts(tmp_path: Path) -> None:
     ]
     done = {spec.key(cells[arm, 0], "here") for arm in ("obdlab", "overlayfs")}
     assert experiment.store.done_keys() == done
+
+
+def test_failed_attempts_that_were_measured_again_are_in_the_report(tmp_path: Path) -> None:
+    spec = SPEC.with_values(a_a=False, repeats=3)
+    experiment = Experiment(spec, tmp_path)
+    (tmp_path / "spec.json").write_text(json.dumps({"context": "here"}))
+    times = {"pull_s": 0.5, "create_s": 0.1, "start_s": 0.1, "ready_s": 0.3, "bytes_received": 10, "requests": 1}
+    good = {**times, "total_s": 1.0, "environment": "e"}
+    for cell in spec.cells():
+        failed = {"environment": "e", "error": "no answer"}
+        if cell.point["arm"] == "obdlab" and cell.repeat < 2:
+            # Two starts of an attempt are one failure.
+            starts = [_attempt(spec, cell, 1, **good), _attempt(spec, cell, 1, start="warm", **failed)]
+            experiment.store.append([*starts, _attempt(spec, cell, 1, start="warm", **failed)])
+        if cell.repeat == 2:
+            experiment.store.append([_attempt(spec, cell, 2, **failed)])
+        else:
+            experiment.store.append([_attempt(spec, cell, 3, **good)])
+    # Rows of another context are no part of the run.
+    elsewhere = {**_attempt(spec, spec.cells()[0], 1, **failed), "cell": "elsewhere"}
+    experiment.store.append([elsewhere])
+    told = "2 failed attempts of obdlab were measured again."
+    assert experiment.measured_again() == [told]
+    report = "\n".join(experiment.report())
+    assert told in report
+    # The last attempt of a cell is listed as before.
+    assert report.count("Left out: tiny") == 2
+
+
+SIMULATED = Spec.from_values({
+    "name": "sim", "kind": "simulation", "axes": {"hosts": [5]}, "repeats": 1, "load_limit": 1000.0
+})  # fmt: skip
+
+
+def test_a_second_run_of_a_results_directory_changes_nothing(tmp_path: Path, paths: LabPaths) -> None:
+    (tmp_path / "spec.json").write_text("of the first run")
+    (tmp_path / "rows.jsonl").write_text('{"half a row')
+    with only_run(tmp_path), pytest.raises(LabError, match=f"another run writes here .process {os.getpid()}"):
+        Experiment(SIMULATED, tmp_path, paths).run(again=True)
+    assert (tmp_path / "spec.json").read_text() == "of the first run"
+    assert (tmp_path / "rows.jsonl").read_text() == '{"half a row'
+    with only_run(tmp_path):
+        pass
+
+
+def test_a_declaration_that_cannot_be_written_leaves_the_old_one(
+    tmp_path: Path, paths: LabPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = json.dumps({**SIMULATED.declaration(), "context": "here", "pins": {}})
+    (tmp_path / "spec.json").write_text(old)
+
+    def refused(source: str, target: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(target))
+
+    monkeypatch.setattr("obdlab.system.newfile.os.replace", refused)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        Experiment(SIMULATED, tmp_path, paths).run()
+    assert (tmp_path / "spec.json").read_text() == old
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.lock", "spec.json"]
 
 
 def test_a_misspelt_key_on_the_command_line_is_an_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
