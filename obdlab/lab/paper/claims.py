@@ -9,7 +9,7 @@ from obdlab.lab.paper import builds, emulated, simulated
 from obdlab.lab.paper import questions as q
 from obdlab.lab.paper.claim import Check, Claim
 from obdlab.lab.paper.results import Results, estimate, floor, launch_s, ratio, samples
-from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, of_number, of_ratio
+from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, of_chosen, of_number, of_ratio
 from obdlab.lab.run.rows import AA_SUFFIX, one_per_attempt
 from obdlab.lab.run.statistics import ALPHA, median_interval, share_interval
 
@@ -143,6 +143,7 @@ def _scan(run: q.Run, disk: str, enough: float) -> Check:
             run=run,
             floor=floor(rows, _BASELINE, "arm", "total_s"),
         )
+        outcome = of_chosen(outcome, len(others))
         place = _ordinal(ranked.index(_COLD) + 1)
         return replace(outcome, measured=f"{outcome.measured}; {place} of {len(ranked)} ({', '.join(ranked)})")
 

@@ -133,7 +133,7 @@ QUESTIONS: tuple[Question, ...] = (
         "random_read",
         "How fast is the device by itself?",
         "Fig 22",
-        "Random reads of 8 KiB by queue depth, nothing cached, of a plain loop device and of obdlab's.",
+        "Random reads of 8 KiB by queue depth, page cache filling, of a plain loop device and of obdlab's.",
         (FIO,),
         "Measured. The paper compares with LVM on a server's NVMe; here it is a loop device on this machine's disk.",
     ),

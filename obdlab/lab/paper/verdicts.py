@@ -103,6 +103,20 @@ def _p(estimate: Estimate, bound: float) -> float:
     return 0.0 if exact else estimate.p(bound)
 
 
+def of_chosen(outcome: Outcome, count: int) -> Outcome:
+    """Return the outcome of a test against one of ``count`` arms that was chosen by their samples.
+
+    A test knows of no choice, so its p-value is multiplied by their number (Bonferroni).
+    """
+    if outcome.p is None or count < 2:
+        return outcome
+    p = min(1.0, outcome.p * count)
+    if p <= ALPHA or outcome.verdict not in _SURE:
+        return replace(outcome, p=p)
+    told = f"{outcome.measured}; not sure against the best of {count}"
+    return replace(outcome, verdict=Verdict.UNCLEAR, measured=told, p=p)
+
+
 def of_number(
     value: Estimate | None,
     *,

@@ -61,7 +61,10 @@ class Served:
     outcome: Outcome
 
     def recovered_s(self, begins_s: float, run_s: float) -> float:
-        """Return the seconds from ``begins_s`` until the last request that had a slow response; 0 without one."""
+        """Return the seconds from ``begins_s`` until the last request that had a slow response; 0 without one.
+
+        If that is about the last request of all, the system has not recovered within the requests' time.
+        """
         late = (
             at
             for at, took in zip(self.times_s, self.response_s, strict=True)

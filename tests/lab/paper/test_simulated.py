@@ -59,6 +59,29 @@ def test_bounds_of_each_claim(
     assert CLAIMS[key].check(Results(tmp_path)).verdict is Verdict.NOT_MEASURED
 
 
+@pytest.mark.parametrize(
+    ("direct_s", "tree_s", "verdict", "words"),
+    [
+        (113.0, 28.0, Y, "recovery on demand after 113.0 s, by the tree after 28.0 s"),
+        # Requests end 180 s after the burst begins: a recovery may have been sooner or later than twice the tree's.
+        (179.99, 28.0, Y, "recovery on demand not within 180 s, by the tree after 28.0 s"),
+        (179.99, 100.0, U, "recovery on demand not within 180 s, by the tree after 100.0 s"),
+        (179.99, 179.99, U, "recovery on demand not within 180 s, by the tree not within 180 s"),
+        (60.0, 179.99, N, "recovery on demand after 60.0 s, by the tree not within 180 s"),
+        (178.5, 100.0, N, "recovery on demand after 178.5 s, by the tree after 100.0 s"),
+    ],
+)
+def test_a_burst_without_recovery(
+    tmp_path: Path, direct_s: float, tree_s: float, verdict: Verdict, words: str
+) -> None:
+    rows = given("simulated_bursts", "recovered_s", direct_s, topology="direct")
+    for row in rows["simulated_bursts"]:
+        if row["topology"] == "balanced":
+            row["recovered_s"] = tree_s
+    found = outcome(tmp_path, "faasnet-bursts", rows)
+    assert (found.verdict, found.measured) == (verdict, words)
+
+
 def test_one_bad_seed_refutes(tmp_path: Path) -> None:
     rows = simulated_rows()
     rows["simulated_scale"][0]["all_ready_s"] = 5.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import exp
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,26 @@ def test_the_second_place_is_not_the_first(tmp_path: Path) -> None:
     assert found.verdict is N
     assert found.measured.startswith("obdlab against erofs, the fastest other, native disk: 2.00 ")
     assert found.measured.endswith("; second of 3 (erofs, obdlab, overlayfs)")
+
+
+@pytest.mark.parametrize(("erofs_s", "verdict"), [(1.2, R), (1 / 1.2, N)])
+def test_the_fastest_of_three_others_was_not_named_beforehand(
+    tmp_path: Path, erofs_s: float, verdict: Verdict
+) -> None:
+    def rows(arm: str, total_s: float) -> list[Row]:
+        # With this spread a test against erofs alone has a p-value of about 0.03.
+        totals = (total_s * exp(0.0677 * step) for step in (-1, 0, 1))
+        return [row for each in totals for row in _start(arm, "dropped", "native", each)[:1]]
+
+    given = rows("obdlab", 1.0) + rows("erofs", erofs_s)
+    one = _check(tmp_path, "du-fast", "scan_du", given)
+    assert one.verdict is verdict
+    assert one.p is not None
+    assert one.p == pytest.approx(0.03, abs=0.002)
+    three = _check(tmp_path, "du-fast", "scan_du", given + rows("loop", 5.0) + rows("overlayfs", 6.0))
+    assert three.verdict is Verdict.UNCLEAR
+    assert three.p == pytest.approx(3 * one.p)
+    assert "; not sure against the best of 3; " in three.measured
 
 
 def test_the_papers_ratios_are_those_of_its_figures() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from obdlab.lab.paper.questions import START
-from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, corrected, of_number, of_ratio
+from obdlab.lab.paper.verdicts import Outcome, Verdict, confidence, corrected, of_chosen, of_number, of_ratio
 from obdlab.lab.run.rows import Row
 from obdlab.lab.run.statistics import Estimate, ratio_interval
 from obdlab.lab.run.student import Normal, quantile
@@ -138,6 +138,17 @@ def test_a_difference_as_small_as_between_identical_arms_is_none() -> None:
     noise = of_ratio(ratio, **about, floor=0.06)
     assert noise.verdict is Verdict.UNCLEAR
     assert noise.measured.endswith("; identical arms differ by 0.06")
+
+
+def test_a_test_against_the_best_of_several_is_corrected_for_the_choice() -> None:
+    sure = Outcome(Verdict.NOT_REPRODUCED, "x", p=0.02)
+    assert of_chosen(sure, 1) == sure
+    assert of_chosen(sure, 2) == Outcome(Verdict.NOT_REPRODUCED, "x", p=0.04)
+    assert of_chosen(sure, 3) == Outcome(Verdict.UNCLEAR, "x; not sure against the best of 3", p=0.06)
+    assert of_chosen(Outcome(Verdict.UNCLEAR, "x", p=0.6), 3) == Outcome(Verdict.UNCLEAR, "x", p=1.0)
+    # One sample tests nothing.
+    one = Outcome(Verdict.UNCLEAR, "x")
+    assert of_chosen(one, 3) == one
 
 
 def test_a_verdict_must_stay_sure_among_all_of_them() -> None:
