@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from obdlab.command import command, install_command
 from obdlab.lab.images.pins import Pins, make_pins, obtain
 from obdlab.lab.paths import LabPaths
-from obdlab.lab.run.measuring import CONTEXT_KEYS, Measured, failed_rows, host_facts, measure_cells
+from obdlab.lab.run.measuring import CONTEXT_KEYS, RUNTIME_KEYS, Measured, failed_rows, host_facts, measure_cells
 from obdlab.lab.run.spec import Cell, Spec
 from obdlab.lab.testbed.process import LabError, tail
 
@@ -114,7 +114,7 @@ class Cluster:
         found: dict[str, dict[str, Any]] = self._client.run(host_facts, kind, paths.work)
         first, *others = sorted(found)
         for other in others:
-            for key in CONTEXT_KEYS:
+            for key in (*CONTEXT_KEYS, *RUNTIME_KEYS):
                 if found[first].get(key) != found[other].get(key):
                     raise LabError(
                         f"hosts are not alike: {key} is {found[first].get(key)!r} at {first} and "

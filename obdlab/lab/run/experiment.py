@@ -23,7 +23,7 @@ from obdlab.lab.paths import LabPaths
 from obdlab.lab.run import interrupts
 from obdlab.lab.run.code import older_codes
 from obdlab.lab.run.diskspace import naming_full_disks
-from obdlab.lab.run.measuring import Measured, context_of, host_facts, measure_cells
+from obdlab.lab.run.measuring import RUNTIME_KEYS, Measured, context_of, host_facts, measure_cells
 from obdlab.lab.run.plan import plan_run
 from obdlab.lab.run.precision import Stopping
 from obdlab.lab.run.rows import Row, RowStore, last_attempts, with_quiet
@@ -195,9 +195,18 @@ class Experiment:
             {key: value for key, value in measured.items() if key not in later or value != kind.added[key]}
             for later in (names[first:] for first in range(len(names), -1, -1))
         ]
-        for code in () if nonce else older_codes(self.spec.kind, surroundings["code"]):
-            contexts += [context_of({**surroundings, "code": code}, form) for form in forms]
+        if not nonce and self._ran_alike(surroundings):
+            for code in (surroundings["code"], *older_codes(self.spec.kind, surroundings["code"])):
+                contexts += [context_of({**surroundings, "code": code}, form, runtime=False) for form in forms]
         return list(dict.fromkeys(contexts))
+
+    # Contexts of earlier versions lack the interpreter and its libraries; the environments of their rows have them.
+    def _ran_alike(self, surroundings: dict[str, Any]) -> bool:
+        return all(
+            each.get(key, surroundings.get(key)) == surroundings.get(key)
+            for each in self.store.environments().values()
+            for key in RUNTIME_KEYS
+        )
 
     # A cell's key under each context.
     def _keys(self, cell: Cell, contexts: Sequence[str], pins: Pins) -> list[str]:

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 #: Keys of the environment that must be equal for rows to be comparable. Load, free memory and the like may differ.
 CONTEXT_KEYS = ("kernel", "cpu_model", "cores", "code", "containerd", "runc", "registry")
 
+#: The same, of the interpreter. Rows of earlier versions have these in their environment alone.
+RUNTIME_KEYS = ("python", "decoding", "packages")
+
 _CLEAN_UP_S = 120.0
 
 
@@ -131,7 +134,14 @@ def host_facts(kind: str, work: Path) -> dict[str, Any]:
     return {**environment.capture(work), "code": code_digest(kind)}
 
 
-def context_of(surroundings: dict[str, Any], measured: dict[str, Any], nonce: str = "") -> str:
-    """Return the identity of code, host and way of measuring under which rows can be compared."""
+def context_of(
+    surroundings: dict[str, Any], measured: dict[str, Any], nonce: str = "", *, runtime: bool = True
+) -> str:
+    """Return the identity of code, host and way of measuring under which rows can be compared.
+
+    Without ``runtime`` it is the one that earlier versions gave.
+    """
     stable = {key: surroundings.get(key) for key in CONTEXT_KEYS} | measured
+    if runtime:
+        stable |= {key: surroundings.get(key) for key in RUNTIME_KEYS}
     return hashlib.sha256((json.dumps(stable, sort_keys=True) + nonce).encode()).hexdigest()[:12]

@@ -236,6 +236,20 @@ def test_of_a_cell_the_last_good_attempt_counts(tmp_path: Path) -> None:
     assert experiment.store.done_keys() == done
 
 
+@pytest.mark.parametrize("key", ["python", "decoding", "packages"])
+def test_rows_of_another_interpreter_or_library_do_not_count(tmp_path: Path, key: str) -> None:
+    """Nor rows of earlier versions, whose context does not say which it was, but whose environment does."""
+    here = {"code": "c", "kernel": "k", "python": "3.11", "decoding": "compiled", "packages": {"zstandard": "1"}}
+    other = {**here, key: "another"}
+    experiment = Experiment(SPEC, tmp_path)
+    ours, theirs = experiment._contexts(here), experiment._contexts(other)
+    assert ours[0] != theirs[0]
+    assert set(ours[1:]) == set(theirs[1:])
+    experiment.store.add_environment(other)
+    assert experiment._contexts(here) == ours[:1]
+    assert experiment._contexts(other) == theirs
+
+
 def test_failed_attempts_that_were_measured_again_are_in_the_report(tmp_path: Path) -> None:
     spec = SPEC.with_values(a_a=False, repeats=3)
     experiment = Experiment(spec, tmp_path)
