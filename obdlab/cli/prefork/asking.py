@@ -14,7 +14,7 @@ import sys
 
 TYPE_CHECKING = False  # typing alone would take a tenth of the time
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from types import FrameType
 
 #: Name of the socket in the run directory, as obdlab.server.rundir has it.
@@ -29,6 +29,7 @@ LENGTH = struct.Struct("<I")
 _PULLS = (["image", "pull"], ["rpull"])
 _DEFAULT_RUN_DIR = "/run/obdlab"  # as obdlab.cli.common has it
 _PATIENCE_S = 2.0
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # What a fork could not take over: the caller's user and namespaces, and variables that libraries read once.
 _NAMESPACES = ("cgroup", "mnt", "net", "pid", "user", "uts")
 _READ_ONCE = ("GLIBC_", "GRPC_", "LD_", "MALLOC_", "OBDLAB_NATIVE", "PYTHON")
@@ -59,19 +60,24 @@ def ask(words: Sequence[str]) -> int | None:
     """
     path = os.path.join(os.environ.get("OBDLAB_RUN_DIR", _DEFAULT_RUN_DIR), SOCKET)
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    with connection:
-        try:
-            connection.settimeout(_PATIENCE_S)
-            connection.connect(path)
-            if _user_of(connection) != os.geteuid() or connection.recv(1) != READY or not _send(connection, words):
-                return None
-            answer = connection.recv(1)
-        except (OSError, ValueError):  # ValueError: a path of more than 107 bytes
-            return None
-        if answer != BEGUN:
-            return None
-        connection.settimeout(None)
-        return _wait(connection)
+    # The fork begins before this process has read that: a signal meanwhile waits for the handler that hands it on.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDED_ON)
+    try:
+        with connection:
+            return _wait(connection, mask) if _is_begun(connection, path, words) else None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _is_begun(connection: socket.socket, path: str, words: Sequence[str]) -> bool:
+    try:
+        connection.settimeout(_PATIENCE_S)
+        connection.connect(path)
+        if _user_of(connection) != os.geteuid() or connection.recv(1) != READY or not _send(connection, words):
+            return False
+        return connection.recv(1) == BEGUN
+    except (OSError, ValueError):  # ValueError: a path of more than 107 bytes
+        return False
 
 
 def _user_of(connection: socket.socket) -> int:
@@ -109,16 +115,19 @@ def _oom_score_adj() -> str:
 
 
 # Waits without a limit, as the command may: each of its own waits has one.
-def _wait(connection: socket.socket) -> int:
+def _wait(connection: socket.socket, mask: Iterable[int]) -> int:
+    connection.settimeout(None)
+
     def hand_on(number: int, _: FrameType | None) -> None:
         try:
             connection.send(bytes([number]))
         except OSError:  # it has ended meanwhile
             return
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _HANDED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, hand_on)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     received = b""
     while len(received) < STATUS.size:
         try:

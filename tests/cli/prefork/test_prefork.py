@@ -130,6 +130,27 @@ def test_signals_end_the_command(server: tuple[Path, int], silent_containerd: st
     wait_for(lambda: not children_of(pid))
 
 
+def test_a_signal_while_the_fork_begins_is_handed_on(tmp_path: Path) -> None:
+    with socket.create_server(str(tmp_path / asking.SOCKET), family=socket.AF_UNIX) as listener:
+        listener.settimeout(WAIT_S)
+        with (
+            subprocess.Popen([*OBDLAB, *PULL], env=environment(tmp_path)) as caller,
+            listener.accept()[0] as connection,
+        ):
+            connection.settimeout(WAIT_S)
+            connection.send(asking.READY)
+            assert len(connection.recv(asking.LENGTH.size)) == asking.LENGTH.size
+            caller.send_signal(signal.SIGTERM)
+            connection.send(asking.BEGUN)
+            received = connection.recv(asking.MOST_REQUEST)
+            while not received.endswith(bytes([signal.SIGTERM])):
+                part = connection.recv(asking.MOST_REQUEST)
+                assert part, "the caller ended"
+                received += part
+            connection.send(asking.STATUS.pack(130))
+            assert caller.wait(WAIT_S) == 130
+
+
 def test_a_killed_caller_takes_its_command_along(server: tuple[Path, int], silent_containerd: str) -> None:
     run_dir, pid = server
     with hanging(run_dir, pid, silent_containerd) as (caller, _):
