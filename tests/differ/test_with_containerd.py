@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 import signal
 import subprocess
@@ -147,6 +148,8 @@ def test_a_client_that_goes_away_ends_the_work(converting: ObdlabHost, tmp_path:
     with subprocess.Popen([*command, "--snapshotter", NAME, str(tmp_path / "noise.tar")]) as client:
         wait_for(lambda: workers(host) != [] or client.poll() is not None)
         assert client.poll() is None
+        for pid in workers(host):  # a worker that ends before the news comes is not given up
+            os.kill(int(pid), signal.SIGSTOP)
         client.kill()
     wait_for(lambda: workers(host) == [])
     wait_for(lambda: list((host.snapshotter.root / "differ").iterdir()) == [])
