@@ -12,7 +12,6 @@ stored.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import threading
 import time
@@ -25,7 +24,7 @@ from obdlab.cache.layout import last_use, remove_blob
 from obdlab.cache.space import CacheSpace, disk_usage
 from obdlab.cache.unitfiles import CacheFiles
 from obdlab.observe import audit
-from obdlab.system.locks import try_lock
+from obdlab.system.locks import directory_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -117,11 +116,8 @@ class EvictingSpace(CacheSpace):
     def _sole_evictor(self) -> Iterator[bool]:
         # Between processes: two would evict twice as much as is needed. Yields True if this process is the one.
         self.blobs.mkdir(mode=0o700, exist_ok=True)  # a cache may have unpacked disks alone
-        fd = os.open(self.blobs, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            yield try_lock(fd)
-        finally:
-            os.close(fd)
+        with directory_locked(self.blobs) as is_alone:
+            yield is_alone
 
 
 def cached_blobs(blobs: Path) -> list[Path]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obdlab.system.boot import boot_id
+from obdlab.system.keptfree import kept_free
 from obdlab.system.locks import lock_until
 from obdlab.system.ownfiles import check_own_directory, open_own
 
@@ -41,8 +42,6 @@ _FREE_SPARE_SHARE = 4
 # Space that the file system allocates when it writes files back, after their blocks were counted: ext4 takes a block
 # per 340 extents, of one unit each at worst.
 _FILE_SYSTEM_SHARE = 256
-# `min_free` is limited to this share of the file system.
-_FREE_SHARE = 16
 
 
 class CacheFullError(OSError):
@@ -160,7 +159,7 @@ class CacheSpace:
         if not spares:
             used += used // _FILE_SYSTEM_SHARE + 2 * _BLOCK
         status = os.statvfs(self.directory)
-        floor = min(self._min_free, status.f_blocks * status.f_frsize // _FREE_SHARE)
+        floor = kept_free(status.f_blocks * status.f_frsize, self._min_free)
         floor += spares * floor // _FREE_SPARE_SHARE
         excess = floor - status.f_bavail * status.f_frsize
         if not self._min_free:

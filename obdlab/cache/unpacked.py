@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from obdlab.errors import CorruptBlobError, ObdlabError
 from obdlab.formats.checksum import raw_crc32c
 from obdlab.system.boot import boot_id
-from obdlab.system.locks import lock_until, try_lock
+from obdlab.system.locks import directory_locked, try_lock
 from obdlab.system.ownfiles import open_own
 from obdlab.system.pauses import wait_until
 
@@ -404,13 +404,10 @@ def _try_lock(path: Path, flags: int) -> int | None:
 
 @contextmanager
 def _sole_writer(directory: Path) -> Iterator[None]:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not lock_until(fd, time.monotonic() + _LONGEST_WAIT_S, longest_pause_s=_LOCK_PAUSE_S):
+    with directory_locked(directory, _LONGEST_WAIT_S, longest_pause_s=_LOCK_PAUSE_S) as is_alone:
+        if not is_alone:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process unpacks it", str(directory))
         yield
-    finally:
-        os.close(fd)
 
 
 @contextmanager

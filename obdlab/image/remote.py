@@ -266,8 +266,13 @@ class RemoteLayers:
             allowance = Allowance(self._cache.space, settings.completion_bytes_per_day)
             make_room = self._cache.space.make_room
             options = replace(options, at_once=at_once, allowance=allowance, metered=metered, room=make_room)
-        self._completion = BackgroundDownload(blobs, options)
-        self._completion.start()
+        download = BackgroundDownload(blobs, options)
+        try:
+            download.start()
+        except RuntimeError as error:  # no more threads, for now
+            logger.warning("%s: not downloaded: %s", self._repository, error)
+        else:
+            self._completion = download
 
     def unverified(self) -> int:
         """Return how many of the blobs at :meth:`opened` are not in the cache whole and verified."""

@@ -110,7 +110,8 @@ class ZFileReader(Blob):
             if run <= MAX_RUN:
                 try:
                     content = self._unpack(self._read_stored(begin, run, call), offset, length)
-                except CorruptBlobError:  # the blob below found it
+                except CorruptBlobError:
+                    # Found by the blob below. One block is read again, as without the compiled code.
                     if first != last:
                         raise
                     content = None

@@ -19,6 +19,7 @@ from obdlab.call import UNBOUND
 from obdlab.errors import CorruptBlobError, FormatError, SourceError
 from obdlab.formats.zstdindex import HEADER_SIZE, MAX_SPANS, SPAN, ZstdIndex
 from obdlab.layers.spannedtarget import SpannedTarget, check_owner
+from obdlab.system.keptfree import kept_free
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 STEP = 1 << 20
 _READ = 256 << 10
 _LONGEST_WAIT_S = 600.0
-#: Left free on the file system of a long frame's file, or this share of it: the frame's size is an image's word.
-_LEAST_FREE, _FREE_SHARE = 1 << 30, 16
+#: Left free on the file system of a long frame's file: the frame's size is an image's word.
+_LEAST_FREE = 1 << 30
+# Closing waits so long for a thread that decodes; the file, which has no name, then goes with the object.
+_CLOSE_S = 10.0
 
 
 class ZstdTarget(SpannedTarget):
@@ -123,7 +126,7 @@ class _Decoder:
 
 def _check_room(fd: int) -> None:
     status = os.fstatvfs(fd)
-    floor = min(_LEAST_FREE, status.f_blocks * status.f_frsize // _FREE_SHARE)
+    floor = kept_free(status.f_blocks * status.f_frsize, _LEAST_FREE)
     if status.f_bavail * status.f_frsize < floor + STEP:
         raise OSError(errno.ENOSPC, f"less than {floor >> 20} MiB would be left on its disk")
 
@@ -163,9 +166,12 @@ class _LongFrame:
         self._stale = True
 
     def close(self) -> None:
-        with self._lock:
-            if self._file is not None:
-                self._file.close()
+        if self._lock.acquire(timeout=_CLOSE_S):
+            try:
+                if self._file is not None:
+                    self._file.close()
+            finally:
+                self._lock.release()
 
     def _fd(self) -> int:
         if self._file is None:

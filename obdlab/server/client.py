@@ -40,7 +40,7 @@ from obdlab.server.rundir import (
     RunDir,
     device_id_of,
     held,
-    is_lost,
+    is_there,
     remove_device,
 )
 from obdlab.system import mount
@@ -250,7 +250,7 @@ class DeviceService:
             record = DeviceRecord.load(directory)
             if record is None:  # an attach in progress, or its leftovers: not a device (cleanup removes them)
                 continue
-            if (not record.alive or is_lost(record, directory)) and self._remove_dead(directory):
+            if not is_there(record, directory) and self._remove_dead(directory):
                 continue
             devices.append(_as_device(record))
         return devices
@@ -317,8 +317,7 @@ class DeviceService:
         try:
             with held(directory, 1.0):
                 record = DeviceRecord.load(directory)
-                # attached again meanwhile
-                if record is not None and record.alive and not is_lost(record, directory):
+                if record is not None and is_there(record, directory):  # attached again meanwhile
                     return False
                 remove_device(directory)
         except DeviceError:

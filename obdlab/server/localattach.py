@@ -19,7 +19,7 @@ from obdlab.devices.fuse_loop import attach_file
 from obdlab.errors import DeviceError, ObdlabError
 from obdlab.image.config import ImageConfig
 from obdlab.image.identity import expected_name
-from obdlab.server.rundir import DeviceRecord, clear_leftovers, held, is_lost
+from obdlab.server.rundir import DeviceRecord, clear_leftovers, held, is_there
 
 if TYPE_CHECKING:
     from obdlab.server.messages import Attach
@@ -42,7 +42,7 @@ def attach_unpacked(directory: Path, request: Attach, settings: Settings, timeou
         return None
     with held(directory, timeout_s):
         record = DeviceRecord.load(directory)
-        if record is not None and record.alive and not is_lost(record, directory):
+        if record is not None and is_there(record, directory):
             return record if _is_the_same(record, request) else None
         try:
             clear_leftovers(directory)

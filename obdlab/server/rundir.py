@@ -173,12 +173,16 @@ class DeviceRecord(Plan):
         return msgspec.convert(known_fields(cls, values), cls)
 
 
-def is_lost(record: DeviceRecord, directory: Path) -> bool:
-    """Return True if the kernel alone served the device at ``directory``, and its node is another device's by now.
+def is_there(record: DeviceRecord, directory: Path) -> bool:
+    """Return True if the device at ``directory`` is served, or the kernel serves it alone.
 
-    Devices of one image share the file behind them: their labels differ.
+    Of the latter the node may be another device's by now. Devices of one image share the file behind them: their
+    labels differ.
     """
-    return record.state is DeviceState.GRADUATED and not fuse_loop.is_of(Path(record.path), directory)
+    state = record.state
+    if state is DeviceState.GRADUATED:
+        return fuse_loop.is_of(Path(record.path), directory)
+    return state is not DeviceState.DEAD
 
 
 @contextmanager

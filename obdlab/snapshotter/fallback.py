@@ -15,8 +15,6 @@ import json
 import logging
 import os
 import sys
-import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,12 +24,10 @@ from obdlab.errors import ObdlabError, caused_by
 from obdlab.registry.errors import RangesIgnoredError
 from obdlab.settings.settings import DAEMON_KIND
 from obdlab.system import programs
-from obdlab.system.locks import lock_until
+from obdlab.system.locks import directory_locked
 from obdlab.system.processes import end_with_parent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from obdlab.image.config import ImageConfig, LowerConfig
     from obdlab.registry.client import RegistryClient
     from obdlab.registry.reference import Repository
@@ -143,21 +139,12 @@ def _fetch(config: ImageConfig, settings: Settings) -> None:
             if not lower.digest or not lower.dir:
                 name = lower.digest or lower.dir or "unnamed"
                 raise FallbackError(f"layer {name}: nowhere to be fetched from or to")
-            with _alone_in(lower.dir):
+            # Several images may have the layer. Two processes that write to one unfinished file leave holes in it.
+            with directory_locked(lower.dir, _TIMEOUT_S) as is_alone:
+                if not is_alone:
+                    raise FallbackError(f"{lower.dir}: another process still fetches this layer")
                 if lower.local_file() is None:  # another process may have fetched it meanwhile
                     _fetch_one(client, repository, lower)
-
-
-# Several images may have the layer. Two processes that write to one unfinished file would leave holes in it.
-@contextmanager
-def _alone_in(directory: str) -> Iterator[None]:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        if not lock_until(descriptor, time.monotonic() + _TIMEOUT_S):
-            raise FallbackError(f"{directory}: another process still fetches this layer")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _fetch_one(client: RegistryClient, repository: Repository, lower: LowerConfig) -> None:

@@ -25,7 +25,7 @@ from obdlab.snapshotter.errors import FailedPreconditionError
 from obdlab.snapshotter.layout import CONFIG_NAME, ORIGINAL_NAME, Layout, RootError
 from obdlab.snapshotter.store import Kind, Store
 from obdlab.snapshotter.trees import delete_tree
-from obdlab.snapshotter.writable import WritableDevice
+from obdlab.snapshotter.writable import WritableDevice, is_only_copy
 from obdlab.system import mount
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class RootCheck:
         if device is None or snapshot.kind is Kind.COMMITTED:
             return
         sealed = self._layout.fs(snapshot.id) / SEALED_FILE
-        if sealed.exists() and not os.path.exists(device.upper.data):  # the original renames the data to seal it
+        if is_only_copy(sealed, device.upper):
             self._lost.add(snapshot.key)
             yield Finding(f"{name}: {sealed} is the only copy of what it wrote, and stays")
             return

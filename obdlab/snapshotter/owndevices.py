@@ -232,8 +232,7 @@ class OwnDevices:
         self._layout.writable(own_id).unlink()  # last: if interrupted before, the next start repeats all of it
 
 
-# The original renames the data instead of giving it a second name, before the commit is in its store.
 def _drop_seal(sealed: Path, device: WritableDevice) -> None:
-    if sealed.exists() and not Path(device.upper.data).exists():
+    if writable.is_only_copy(sealed, device.upper):
         raise FailedPreconditionError(f"{sealed}: the only copy of what the container wrote, it stays")
     sealed.unlink(missing_ok=True)

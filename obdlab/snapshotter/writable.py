@@ -147,6 +147,11 @@ def _make_ext4(data: Path, index: Path) -> None:
         disk.flush()
 
 
+def is_only_copy(sealed: Path, upper: UpperConfig) -> bool:
+    """Return True if ``sealed`` alone holds the layer: the original renames the data to seal it."""
+    return sealed.exists() and not os.path.exists(upper.data)
+
+
 def seal(upper: UpperConfig, sealed: Path) -> None:
     """Seal a closed layer and add the name ``sealed``. Until :func:`drop`, the seal can be undone."""
     from obdlab.layers.layerfile import sync_directory

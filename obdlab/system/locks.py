@@ -6,7 +6,14 @@ The kernel releases a lock when its last descriptor is closed, so a killed proce
 from __future__ import annotations
 
 import fcntl
+import os
 import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 _FIRST_PAUSE_S = 0.0001
 _LONGEST_PAUSE_S = 0.005
@@ -39,3 +46,18 @@ def lock_until(descriptor: int, deadline: float, *, longest_pause_s: float = _LO
             return False
         time.sleep(min(pause_s, left_s))
         pause_s = min(2 * pause_s, longest_pause_s)
+
+
+@contextmanager
+def directory_locked(
+    directory: str | Path, timeout_s: float = 0.0, *, longest_pause_s: float = _LONGEST_PAUSE_S
+) -> Iterator[bool]:
+    """Lock a directory for the block; yield False if another process still has it locked after ``timeout_s``.
+
+    Raises OSError if it cannot be opened, or where there are no locks.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield lock_until(descriptor, time.monotonic() + timeout_s, longest_pause_s=longest_pause_s)
+    finally:
+        os.close(descriptor)

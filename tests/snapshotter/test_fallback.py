@@ -125,6 +125,16 @@ def whole(answer: Answer) -> None:
     answer.handler.answer(200, {"Content-Length": str(len(answer.whole))}, answer.whole)
 
 
+def labels_of(name: str, image: str, digest: str, layer: bytes) -> dict[str, str]:
+    """The labels of a layer that is to be pulled."""
+    return {
+        "containerd.io/snapshot.ref": name,
+        "containerd.io/snapshot/image-ref": image,
+        oci.BLOB_DIGEST: digest,
+        oci.BLOB_SIZE: str(len(layer)),
+    }
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
     root: Root, tmp_path: Path, large_layer: tuple[bytes, bytes], caplog: pytest.LogCaptureFixture
@@ -134,12 +144,7 @@ def test_from_a_registry_without_ranges_blobs_are_fetched_whole(
     with faulty_registry() as registry, root.opened() as snapshotter:
         registry.always(whole)
         digest = registry.add_blob(layer)
-        labels = {
-            "containerd.io/snapshot.ref": digest,
-            "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
-            oci.BLOB_DIGEST: digest,
-            oci.BLOB_SIZE: str(len(layer)),
-        }
+        labels = labels_of(digest, f"{registry.host}/some/image:1", digest, layer)
         with pytest.raises(AlreadyExistsError):
             snapshotter.prepare("extract", "", labels)
         (root.home(1) / "fs/.overlaybd.commit.new").write_text("left by a kill")
@@ -204,12 +209,7 @@ def test_two_images_that_fetch_one_layer_do_not_spoil_it(
         def pull(parent: str, data: bytes) -> str:
             digest = registry.add_blob(data)
             name = oci.chain_id_over(parent, digest)
-            labels = {
-                "containerd.io/snapshot.ref": name,
-                "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
-                oci.BLOB_DIGEST: digest,
-                oci.BLOB_SIZE: str(len(data)),
-            }
+            labels = labels_of(name, f"{registry.host}/some/image:1", digest, data)
             with pytest.raises(AlreadyExistsError):
                 snapshotter.prepare("extract", parent, labels)
             return name
@@ -251,12 +251,7 @@ def test_wrong_bytes_are_not_kept(root: Root, large_layer: tuple[bytes, bytes]) 
     with faulty_registry() as registry, root.opened() as snapshotter:
         registry.always(wrong)
         digest = registry.add_blob(layer)
-        labels = {
-            "containerd.io/snapshot.ref": digest,
-            "containerd.io/snapshot/image-ref": f"{registry.host}/some/image:1",
-            oci.BLOB_DIGEST: digest,
-            oci.BLOB_SIZE: str(len(layer)),
-        }
+        labels = labels_of(digest, f"{registry.host}/some/image:1", digest, layer)
         with pytest.raises(AlreadyExistsError):
             snapshotter.prepare("extract", "", labels)
         with pytest.raises(ObdlabError, match="wrong content"):

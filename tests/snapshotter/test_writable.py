@@ -339,15 +339,20 @@ with Root(Path(sys.argv[1])).opened() as snapshotter:
 """
 
 
-@pytest.mark.kernel
-@pytest.mark.parametrize("step", ["sealed", "configured", "unfinished", "committed", "dropped"])
-def test_a_killed_commit_is_undone_or_finished(root: Root, tmp_path: Path, step: str) -> None:
+def kill_a_commit(root: Root, tmp_path: Path, step: str) -> None:
+    """Write a file into the snapshot "one", and have a process die in its commit as "layer"."""
     with root.opened() as snapshotter:
         (made,) = snapshotter.prepare("one", "", DIR | SMALL)
         with mounted([made], tmp_path / "rootfs") as rootfs:
             (rootfs / "file").write_text("written")
     command = [sys.executable, "-c", textwrap.dedent(_DYING_COMMIT), str(tmp_path), step]
     assert subprocess.run(command, timeout=120, check=False).returncode == 9
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("step", ["sealed", "configured", "unfinished", "committed", "dropped"])
+def test_a_killed_commit_is_undone_or_finished(root: Root, tmp_path: Path, step: str) -> None:
+    kill_a_commit(root, tmp_path, step)
     with root.opened() as snapshotter:
         done = step in ("committed", "dropped")
         assert [snapshot.key for snapshot in snapshotter.walk()] == ["layer" if done else "one"]
@@ -382,12 +387,7 @@ def test_a_commit_that_cannot_be_recovered_keeps_no_other_snapshot(
     def fail(*arguments: object) -> None:
         raise error
 
-    with root.opened() as snapshotter:
-        (made,) = snapshotter.prepare("one", "", DIR | SMALL)
-        with mounted([made], tmp_path / "rootfs") as rootfs:
-            (rootfs / "file").write_text("written")
-    command = [sys.executable, "-c", textwrap.dedent(_DYING_COMMIT), str(tmp_path), step]
-    assert subprocess.run(command, timeout=120, check=False).returncode == 9
+    kill_a_commit(root, tmp_path, step)
     key = "one" if step == "configured" else "layer"
     with monkeypatch.context() as patched:
         patched.setattr(*failing, fail)

@@ -9,7 +9,9 @@ import time
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING
 
-from obdlab.system.locks import lock_until, try_lock
+import pytest
+
+from obdlab.system.locks import directory_locked, lock_until, try_lock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,3 +78,16 @@ def test_a_lock_goes_with_its_descriptor(tmp_path: Path) -> None:
         assert try_lock(second)
     finally:
         os.close(second)
+
+
+def test_a_directory_is_locked_for_the_block(tmp_path: Path) -> None:
+    with directory_locked(tmp_path) as first:
+        assert first
+        with directory_locked(tmp_path) as second:
+            assert not second
+        with directory_locked(tmp_path, 0.05) as later:
+            assert not later
+    with directory_locked(str(tmp_path)) as again:
+        assert again
+    with pytest.raises(FileNotFoundError), directory_locked(tmp_path / "none"):
+        pass

@@ -86,7 +86,7 @@ class Archive:
                     name = _normal(member.name)
                     found[name] = _member(name, member)
                     headers.begin_member()
-                    tar.members = []  # type: ignore[attr-defined]
+                    tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it
                     tar.pax_headers = {}
         except (tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError) as error:
             raise FormatError(f"not a tar archive ({error})", blob=self.name) from error

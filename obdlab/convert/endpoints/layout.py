@@ -9,8 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Self, cast
 
@@ -20,7 +19,7 @@ from obdlab.formats.oci import MAX_MANIFEST_SIZE, OCI_INDEX, Descriptor, Index, 
 from obdlab.formats.tar import TarWindow
 from obdlab.layers.tarwrap import WrappedContent
 from obdlab.localfile import LocalFile, open_regular, read_regular
-from obdlab.system.locks import lock_until
+from obdlab.system.locks import directory_locked
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -204,25 +203,16 @@ class ImageLayout:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         # The directory itself is locked: a file for it would be a stranger in a layout.
-        try:
-            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
-        try:
-            self._lock(descriptor)
+        with ExitStack() as held:
+            try:
+                is_alone = held.enter_context(directory_locked(self.root, _LOCK_WAIT_S))
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
+                is_alone = True  # the file system lacks locks: only one process at a time may write
+            if not is_alone:
+                raise SourceError("OCI layout is locked by another process", blob=str(self.root), temporary=True)
             yield
-        finally:
-            os.close(descriptor)
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            is_locked = lock_until(descriptor, time.monotonic() + _LOCK_WAIT_S)
-        except OSError as error:
-            if error.errno in _NO_LOCKS:  # the file system lacks locks: only one process at a time may write
-                return
-            raise SourceError(f"cannot lock it: {error.strerror}", blob=str(self.root)) from error
-        if not is_locked:
-            raise SourceError("OCI layout is locked by another process", blob=str(self.root), temporary=True)
 
     def _replace(self, target: Path, content: bytes | Path) -> None:
         # In one step: a reader finds the whole file or none, also after a loss of power.

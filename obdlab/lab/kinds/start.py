@@ -13,6 +13,7 @@ from obdlab.lab.run.rows import AA_SUFFIX
 from obdlab.lab.run.starts import StartReport
 from obdlab.lab.testbed.cgroups import DISKS
 from obdlab.settings.settings import SettingsError
+from obdlab.system.keptfree import kept_free
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -176,5 +177,5 @@ class Start(Kind):
             seconds += _WARM_S * options["warm_starts"] + _DROPPED_S * options["dropped_starts"]
             seconds += fetched_mb * 8 / float(point["rate_mbit"]) + fetched_mb / _UNPACK_MB_S
         # The block cache leaves this much free, and stores nothing on a disk with less.
-        kept_free = min(host_settings(options).cache_min_free, disk_size // 16)
-        return seconds, int(sum(sizes.values()) * published + on_host) + kept_free
+        spare = kept_free(disk_size, host_settings(options).cache_min_free)
+        return seconds, int(sum(sizes.values()) * published + on_host) + spare

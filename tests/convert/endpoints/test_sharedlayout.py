@@ -98,10 +98,10 @@ def test_a_lock_that_another_process_keeps_is_an_error_that_passes(
 def test_a_file_system_without_locks_has_layouts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong = errno.ENOLCK
 
-    def refused(descriptor: int, deadline: float) -> bool:
+    def refused(descriptor: int, operation: int) -> None:
         raise OSError(wrong, os.strerror(wrong))
 
-    monkeypatch.setattr(layout_module, "lock_until", refused)
+    monkeypatch.setattr("obdlab.system.locks.fcntl.flock", refused)
     layout = ImageLayout.create(tmp_path / "x")
     layout.set_tag("a", MANIFEST)
     assert tags(tmp_path / "x") == ["a"]
