@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -81,7 +81,9 @@ def _reports_of(item: pytest.Item) -> list[Any]:
     reported, trouble = stash[_REPORTED]
     reports = reported.get(item.nodeid, [])
     if not reports or reports[-1].when != "teardown":  # the machine died before, or during this test
-        lost = pytest.TestReport(item.nodeid, item.location, dict(item.keywords), "failed", trouble, "call")
+        # Names only: a mark cannot be sent to the process that collects the reports, which would end the whole run.
+        names: dict[str, Literal[1]] = dict.fromkeys(item.keywords, 1)
+        lost = pytest.TestReport(item.nodeid, item.location, names, "failed", trouble, "call")
         return [*reports, lost]
     return reports
 
