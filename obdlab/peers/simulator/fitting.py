@@ -23,6 +23,9 @@ FITTED, ASKED = (1, 2, 4, 8), (16, 32)
 #: The largest relative error of a prediction with which a model counts as fitted.
 ENOUGH = 0.10
 _STEPS, _DIFFERENCE, _STILL = 40, 0.02, 1e-4
+# Significant digits of parameters. Processors differ in the last digits of products, which decide ties of two events:
+# a page's numbers depended on the machine that computed them.
+_DIGITS = 6
 # Between two steps a parameter changes at most by this factor.
 _FARTHEST = math.log(4.0)
 
@@ -84,8 +87,9 @@ def fit(
     """Fit positive parameters to the medians at ``fitted`` hosts and predict those at ``asked`` hosts.
 
     Least squares of logarithms of times over logarithms of parameters (Levenberg and Marquardt), from ``first`` on.
-    ``model`` returns the seconds of a start by parameters, topology and number of hosts. Raises SimulationError for
-    fewer points than parameters, and for times or parameters that are not positive.
+    ``model`` returns the seconds of a start by parameters, topology and number of hosts. Parameters have six
+    significant digits, so that each machine finds the same fit. Raises SimulationError for fewer points than
+    parameters, and for times or parameters that are not positive.
     """
     points = _medians(observations)
     known = {key: value for key, value in points.items() if key[1] in fitted}
@@ -97,13 +101,13 @@ def fit(
     measured = np.log(np.array(list(known.values())))
 
     def residuals(logs: _Vector) -> _Vector:
-        values = dict(zip(names, np.exp(logs).tolist(), strict=True))
+        values = _parameters(names, logs)
         seconds = np.log(np.array([model(values, *key) for key in known]))
         found: _Vector = seconds - measured
         return found
 
     found = _least_squares(residuals, np.log(np.array([first[name] for name in names])))
-    parameters = dict(zip(names, np.exp(found).tolist(), strict=True))
+    parameters = _parameters(names, found)
     predictions = [
         Prediction(*key, value, model(parameters, *key))
         for key, value in sorted(points.items())
@@ -114,6 +118,10 @@ def fit(
         tuple(each for each in predictions if each.hosts in fitted),
         tuple(each for each in predictions if each.hosts in asked and each.hosts not in fitted),
     )
+
+
+def _parameters(names: Sequence[str], logs: _Vector) -> dict[str, float]:
+    return {name: float(f"{value:.{_DIGITS}g}") for name, value in zip(names, np.exp(logs).tolist(), strict=True)}
 
 
 def _medians(observations: Sequence[Observation]) -> dict[tuple[str, int], float]:

@@ -77,3 +77,18 @@ def test_errors() -> None:
         fit([Observation("rooted", 1, 1.0)], model, FIRST)
     with pytest.raises(SimulationError, match="positive"):
         fit(rows(0.0), model, {"up": 0.0})
+
+
+def test_the_last_digits_of_a_machine_change_nothing() -> None:
+    asked: list[tuple[float, ...]] = []
+
+    def noted(values: Mapping[str, float], topology: str, hosts: int) -> float:
+        asked.append(tuple(values.values()))
+        return model(values, topology, hosts)
+
+    observations = rows(0.05)
+    found = fit(observations, noted, FIRST)
+    first = asked.copy()
+    asked.clear()
+    assert fit(observations, noted, {name: value * (1 + 1e-13) for name, value in FIRST.items()}) == found
+    assert asked == first
